@@ -1,0 +1,48 @@
+# Every target sets itself up: a virtual environment in .venv, made once and again when pyproject.toml changes.
+# Another torch build:  make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH  ?= torch==2.13.0
+PYTHON ?= python3
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+EXTRAS := dev,onnx,demo
+
+# Threads of one small network fight each other; two processes with one thread each are several times faster.
+export OMP_NUM_THREADS := 1
+export MKL_NUM_THREADS := 1
+
+.PHONY: demo test lint bench-coverage bench-scaling nightly clean
+.DEFAULT_GOAL := test
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("metaprune needs Python 3.11 or newer, set PYTHON=...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/metaprune demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest tests/test_project.py
+
+nightly: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "nightly or not nightly"
+
+bench-coverage: $(STAMP) .venv/.bench
+	$(BIN)/python benchmarks/coverage.py
+
+bench-scaling: $(STAMP) .venv/.bench
+	$(BIN)/python benchmarks/scaling.py
+
+.venv/.bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
+	@touch $@
+
+clean:
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Allocators and search back ends: how many units does each group keep."""
