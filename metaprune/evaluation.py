@@ -1,0 +1,145 @@
+"""What a network is worth: its score on held-out data, and its measured latency."""
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from metaprune.data import Inputs, Loader
+from metaprune.graphs.errors import MetapruneError, OptionError
+
+T = TypeVar("T")
+Metric = Callable[[Tensor, Tensor], Tensor]
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of examples whose largest logit is the label's, a float64 scalar between 0 and 1.
+
+    Shapes:
+        logits: (batch, classes, ...).
+        labels: (batch, ...).
+    """
+    return (logits.argmax(dim=1) == labels).double().mean()
+
+
+METRICS: dict[str, Metric] = {"accuracy": accuracy}
+
+
+def evaluate(model: nn.Module, loader: Loader, metric: str | Metric = "accuracy") -> float:
+    """Mean of a metric over all examples, in eval mode and without gradients; the model's modes are put back.
+
+    Args:
+        model: Network that maps inputs to logits.
+        loader: Batches of (inputs, labels).
+        metric: Name in `METRICS`, or a function of (logits, labels) that returns the mean over a batch.
+
+    Raises:
+        OptionError: Unknown metric, or a loader without examples.
+        MetapruneError: The metric is not finite.
+    """
+    measure = named(metric, METRICS, "metric")
+    total, examples = 0.0, 0
+    with evaluating(model), torch.no_grad():
+        for inputs, labels in loader:
+            value = measure(predict(model, inputs), labels.to(device_of(model))).item()
+            total += value * len(labels)
+            examples += len(labels)
+    if examples == 0:
+        raise OptionError("loader: no examples to evaluate on")
+    if not math.isfinite(total):
+        raise MetapruneError(f"metric {metric!r} is {total / examples} on the held-out data")
+    return total / examples
+
+
+def latency(run: Callable[[], object], repeats: int = 30, warmup: int = 5) -> float:
+    """Median wall time of one call in seconds, on one thread, after a warm-up.
+
+    Args:
+        run: What to measure, for instance `lambda: model(inputs)` or an onnxruntime session's call.
+        repeats: Measured calls.
+        warmup: Calls before the clock is read, which fill caches and allocate memory.
+    """
+    if repeats < 1:
+        raise OptionError(f"repeats: at least one call is measured, not {repeats}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            for _ in range(warmup):
+                run()
+            return statistics.median(_seconds(run) for _ in range(repeats))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def predict(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The logits of a model for a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Inputs are moved to the model's device. A mapping with an entry `logits`, as Hugging Face models return, is
+    accepted as output.
+    """
+    inputs = _moved(inputs, device_of(model))
+    if isinstance(inputs, dict):
+        outputs = model(**inputs)
+    elif isinstance(inputs, tuple):
+        outputs = model(*inputs)
+    else:
+        outputs = model(inputs)
+    if isinstance(outputs, Mapping):
+        outputs = outputs.get("logits")
+    if not isinstance(outputs, Tensor):
+        raise MetapruneError(f"{type(model).__name__} returns no tensor of logits but {type(outputs).__name__}")
+    return outputs
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter or buffer; the CPU for a model without either."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; each module's own mode is put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def named(choice: str | T, table: Mapping[str, T], option: str) -> T:
+    """Looks a choice up by name; anything but a string is taken as it is.
+
+    Raises:
+        OptionError: An unknown name.
+    """
+    if not isinstance(choice, str):
+        return choice
+    if choice not in table:
+        raise OptionError(f"{option}: {choice!r} is unknown, choose from {', '.join(sorted(table))}")
+    return table[choice]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -1,0 +1,299 @@
+"""The one training loop: SGD with a cosine schedule, seeded, resumable to the bit.
+
+Everything that is trained goes through `train`; what differs is the objective, a function of the logits and the batch.
+On hardware with bfloat16 the forward pass runs in it; the weights stay float32.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from metaprune.data import Inputs, Loader
+from metaprune.evaluation import device_of, evaluating, predict
+from metaprune.graphs.errors import LoadError, MetapruneError, OptionError
+
+Objective: TypeAlias = Callable[[Tensor, Inputs, Tensor], Tensor]
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called after each step with the number of steps done and the number of steps in all."""
+
+_VERSION = 1
+
+
+class TrainingError(MetapruneError):
+    """Training met a number that is not finite; the model is back at its last finite epoch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters of a training run.
+
+    Attributes:
+        epochs: Passes over the training batches.
+        lr: Peak learning rate.
+        momentum: Of SGD, Nesterov's form.
+        weight_decay: On matrices and kernels; never on biases and normalisation parameters.
+        warmup: Share of the steps over which the learning rate rises linearly; it then falls to 0 as a cosine.
+        precision: Of the forward pass; "auto" is bfloat16 for float32 models on hardware that computes in it.
+        channels_last: Lay images out channels last, which is faster; a network that calls `view` may refuse them so.
+    """
+
+    epochs: int = 10
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.1
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise OptionError(f"epochs: zero or more passes, not {self.epochs}")
+        if not self.lr > 0:
+            raise OptionError(f"lr: a positive learning rate, not {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise OptionError(f"momentum: a number from 0 to below 1, not {self.momentum}")
+        if not 0 <= self.warmup <= 1:
+            raise OptionError(f"warmup: a share between 0 and 1, not {self.warmup}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise OptionError(f"precision: {self.precision!r} is unknown, choose from auto, bfloat16, float32")
+
+    def rate(self, progress: float) -> float:
+        """Learning rate after a share `progress` of all steps.
+
+        >>> settings = Settings(lr=0.2, warmup=0.1)
+        >>> [round(settings.rate(p), 3) for p in (0.0, 0.05, 0.1, 0.55, 1.0)]
+        [0.0, 0.1, 0.2, 0.1, 0.0]
+        """
+        if progress < self.warmup:
+            return self.lr * progress / self.warmup
+        rest = (progress - self.warmup) / (1 - self.warmup) if self.warmup < 1 else 1.0
+        return self.lr * 0.5 * (1 + math.cos(math.pi * rest))
+
+
+def train(
+    model: nn.Module,
+    loader: Loader,
+    objective: Objective,
+    settings: Settings,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Trains a model in place.
+
+    The caller's random state is left alone; the loader's own `generator`, if it has one, is seeded too. Equal seeds
+    on one thread give equal weights to the bit.
+
+    Args:
+        model: Network from inputs to logits; it is put back into its own train or eval modes at the end.
+        loader: Batches of (inputs, labels).
+        objective: Function of (logits, inputs, labels) that returns a scalar loss.
+        settings: Hyper-parameters.
+        seed: Of every random choice.
+        checkpoint: File written atomically after each epoch. If it exists, training goes on from it and ends with the
+            same weights as an undisturbed run.
+        progress: Called after each step.
+
+    Returns:
+        Mean loss of each epoch.
+
+    Raises:
+        TrainingError: A loss or gradient is not finite.
+        OptionError: The checkpoint belongs to another run.
+        LoadError: The checkpoint is damaged.
+    """
+    run = _Run(model, _optimizer(model, settings), loader, objective, settings, seed)
+    path = None if checkpoint is None else Path(checkpoint)
+    with _seeded(model, loader, seed), evaluating(model):
+        losses = run.restore(path) if path is not None and path.exists() else []
+        for epoch in range(len(losses), settings.epochs):
+            before = run.state()
+            model.train()
+            try:
+                losses.append(run.epoch(epoch, progress))
+            except TrainingError:
+                run.put_back(before)
+                raise
+            if path is not None:
+                run.save(path, losses)
+    return losses
+
+
+@dataclasses.dataclass
+class _Run:
+    """What one call of `train` works with."""
+
+    model: nn.Module
+    optimizer: torch.optim.SGD
+    loader: Loader
+    objective: Objective
+    settings: Settings
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.device = device_of(self.model)
+        if len(self.loader) == 0:
+            raise OptionError("train: no batches")
+        self.low_precision = _low_precision(self.model, self.settings)
+
+    def epoch(self, epoch: int, progress: Progress | None) -> float:
+        """One pass over the data; the mean loss over its examples."""
+        steps = len(self.loader)
+        total, examples = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for step, (inputs, labels) in enumerate(self.loader):
+            done = epoch * steps + step
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.rate(done / (steps * self.settings.epochs))
+            labels = labels.to(self.device)
+            with _autocast(self.model, self.low_precision):
+                logits = predict(self.model, _laid_out(inputs, self.settings))
+                loss = self.objective(logits, inputs, labels)
+            if not loss.isfinite():
+                raise TrainingError(f"{_culprit(inputs, logits)} in epoch {epoch + 1}, step {step + 1} of {steps}")
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._check_gradients(f"epoch {epoch + 1}, step {step + 1} of {steps}")
+            self.optimizer.step()
+            total += loss.detach() * len(labels)
+            examples += len(labels)
+            if progress is not None:
+                progress(done + 1, steps * self.settings.epochs)
+        return total.item() / examples
+
+    def _check_gradients(self, where: str) -> None:
+        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        if not gradients:
+            raise OptionError("model: no parameter receives a gradient")
+        norm = torch.nn.utils.get_total_norm(gradients.values())
+        if not norm.isfinite():
+            names = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+            raise TrainingError(f"the gradient of {names[0] if names else 'the loss'} is not finite in {where}")
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of all that a later epoch depends on: weights, buffers, momenta, random states."""
+        found = {f"model.{name}": tensor for name, tensor in _tensors(self.model).items()}
+        for name, parameter in self.model.named_parameters():
+            momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                found[f"momentum.{name}"] = momentum
+        found["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            found["random.device"] = torch.cuda.get_rng_state(self.device)
+        generator = _generator(self.loader)
+        if generator is not None:
+            found["random.loader"] = generator.get_state()
+        return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in found.items()}
+
+    def put_back(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        with torch.no_grad():
+            for name, tensor in _tensors(self.model).items():
+                tensor.copy_(state[f"model.{name}"])
+        self.optimizer.state.clear()
+        for name, parameter in self.model.named_parameters():
+            if f"momentum.{name}" in state:
+                momentum = torch.empty_like(parameter).copy_(state[f"momentum.{name}"])
+                self.optimizer.state[parameter]["momentum_buffer"] = momentum
+        torch.set_rng_state(state["random.cpu"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random.device"].cpu(), self.device)
+        generator = _generator(self.loader)
+        if generator is not None:
+            generator.set_state(state["random.loader"].cpu())
+
+    def save(self, path: Path, losses: list[float]) -> None:
+        """Writes the state and the losses so far; the file is complete or absent."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        save_file(self.state(), temporary, {"run": json.dumps({"identity": self._identity(), "losses": losses})})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    def restore(self, path: Path) -> list[float]:
+        """Reads what `save` wrote; the losses so far."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {}).get("run", "{}"))
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            raise LoadError(f"checkpoint {path} can not be read: {error}") from error
+        shapes = {name: tensor.shape for name, tensor in self.state().items()}
+        same = all(name in stored and stored[name].shape == shape for name, shape in shapes.items())
+        if about.get("identity") != self._identity() or not same:
+            raise OptionError(f"checkpoint {path} belongs to a run with another model, data, settings or seed")
+        self.put_back(stored)
+        return [float(loss) for loss in about["losses"]]
+
+    def _identity(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.settings)
+        return {"version": _VERSION, "settings": settings, "seed": self.seed, "steps": len(self.loader)}
+
+
+def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise OptionError("model: no parameter requires a gradient")
+    decayed = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
+
+
+def _low_precision(model: nn.Module, settings: Settings) -> bool:
+    if settings.precision != "auto":
+        return settings.precision == "bfloat16"
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        return False
+    kind = device_of(model).type
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return kind == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each shared one once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _generator(loader: Loader) -> torch.Generator | None:
+    """The source of randomness of a `Batches` or a torch `DataLoader`; both carry it under this name."""
+    generator = getattr(loader, "generator", None)
+    return generator if isinstance(generator, torch.Generator) else None
+
+
+@contextlib.contextmanager
+def _seeded(model: nn.Module, loader: Loader, seed: int) -> Iterator[None]:
+    device = device_of(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        generator = _generator(loader)
+        if generator is not None:
+            generator.manual_seed(seed)
+        yield
+
+
+def _autocast(model: nn.Module, low_precision: bool) -> torch.autocast:
+    return torch.autocast(device_of(model).type, torch.bfloat16, enabled=low_precision)
+
+
+def _laid_out(inputs: Any, settings: Settings) -> Any:
+    if settings.channels_last and isinstance(inputs, Tensor) and inputs.ndim == 4:
+        return inputs.contiguous(memory_format=torch.channels_last)
+    return inputs
+
+
+def _culprit(inputs: Any, logits: Tensor) -> str:
+    if isinstance(inputs, Tensor) and inputs.is_floating_point() and not inputs.isfinite().all():
+        return "an input of the batch is not finite"
+    return "the loss is not finite" if logits.isfinite().all() else "a logit of the network is not finite"
