@@ -5,6 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -66,15 +67,32 @@ def latency(run: Callable[[], object], repeats: int = 30, warmup: int = 5) -> fl
     """
     if repeats < 1:
         raise OptionError(f"repeats: at least one call is measured, not {repeats}")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with single_thread(), torch.no_grad():
+        for _ in range(warmup):
+            run()
+        return statistics.median(_seconds(run) for _ in range(repeats))
+
+
+def onnx_runner(path: str | Path) -> Callable[[Tensor], Tensor]:
+    """An ONNX file with one input and one output as a function, run by onnxruntime on one thread.
+
+    Raises:
+        MetapruneError: onnxruntime is not installed.
+    """
     try:
-        with torch.no_grad():
-            for _ in range(warmup):
-                run()
-            return statistics.median(_seconds(run) for _ in range(repeats))
-    finally:
-        torch.set_num_threads(threads)
+        import onnxruntime
+    except ImportError as error:
+        raise MetapruneError("onnxruntime is missing; pip install 'metaprune[onnx]'") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    (argument,) = session.get_inputs()
+
+    def run(inputs: Tensor) -> Tensor:
+        (output,) = session.run(None, {argument.name: inputs.numpy()})
+        return torch.from_numpy(output)
+
+    return run
 
 
 def predict(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -102,6 +120,17 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """Torch on one thread; small networks are slower on more, and equal seeds give equal bits only on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ def recover(
     for name in names:
         if name not in RUNGS:
             raise OptionError(f"recipe: {name!r} is unknown, choose from {', '.join(sorted(RUNGS))}, joined by '+'")
-    settings = Settings(epochs=epochs, lr=0.1)
+    settings = Settings(epochs=epochs)
     rung = _Rung(task, task.model if teacher is None else teacher, settings, seed, progress)
     module = copy.deepcopy(pruned.module)
     for name in names:
@@ -123,6 +123,8 @@ class _BatchStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **(kwargs or {}))
         values = arguments["input"]  # (batch, channels, ...)
         wide = values.double().movedim(1, 0).flatten(1)  # (channels, batch * ...)
+        if wide.shape[1] < 2:  # one value has no variance: such a batch is left out
+            return func(**arguments)
         batch_mean, batch_variance = wide.mean(1), wide.var(1)
         key = (mean.data_ptr(), variance.data_ptr())
         old_mean, old_variance, count = self.sums.get(key, (0.0, 0.0, 0))

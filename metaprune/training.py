@@ -48,7 +48,7 @@ class Settings:
     """
 
     epochs: int = 10
-    lr: float = 0.1
+    lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warmup: float = 0.1

@@ -1,0 +1,192 @@
+"""The command line: a thin layer over the public API.
+
+Exit codes: 0 done, 1 a defect of metaprune (with a traceback), 2 bad usage or a request that can not be met.
+Results go to standard output, progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import metaprune as mp
+from metaprune import demo as demonstration
+from metaprune import targets
+from metaprune.graphs.ir import Graph
+
+app = typer.Typer(
+    name="metaprune",
+    help="Structured pruning of neural networks: exact, certified and without per-architecture code.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Target = Annotated[str, typer.Argument(help="MODULE:FUNCTION returning (model, inputs), or a folder written by save.")]
+Protect = Annotated[list[str] | None, typer.Option(help="Keep these groups or tensors whole (glob, repeatable).")]
+Only = Annotated[list[str] | None, typer.Option(help="Prune these groups or tensors only (glob, repeatable).")]
+Kinds = Annotated[str | None, typer.Option(help="Prune these kinds only, for instance heads,ffn.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
+Seed = Annotated[int, typer.Option(help="Of every random choice.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the artefacts.")] = Path("runs/demo"),
+    seed: Seed = 0,
+    debug: Debug = False,
+) -> None:
+    """Train, prune to a quarter of the MACs, certify, recover, save, reload, export: on digits, in under a minute."""
+    with _errors_in_one_line(debug):
+        demonstration.show(Console(), out, seed)
+
+
+@app.command()
+def inspect(target: Target, as_json: AsJson = False, debug: Debug = False) -> None:
+    """List what can be removed from a network, what can not and why, and what the network costs."""
+    with _errors_in_one_line(debug):
+        graph = mp.trace(*_network(target))
+        groups = _groups(graph)
+        if as_json:
+            _print_json({"cost": _cost(graph.cost()), "groups": groups, "notes": graph.notes})
+            return
+        cost = graph.cost()
+        table = Table(title=f"{cost.macs:,} MACs, {cost.params:,} parameters")
+        for heading in ("group", "kind", "units", "MACs/unit", "params/unit", "pinned because"):
+            table.add_column(heading, justify="right" if "unit" in heading else "left")
+        for group in groups:
+            numbers = [f"{group[key]:,}" for key in ("size", "macs_per_unit", "params_per_unit")]
+            table.add_row(*map(Text, (group["name"], group["kind"], *numbers, group["reason"])))
+        console = Console()
+        console.print(table)
+        for note in graph.notes:
+            console.print(Text(f"note: {note}"))
+
+
+@app.command()
+def prune(
+    target: Target,
+    budget: Annotated[str, typer.Option(help="What is kept: macs=0.5, params=0.3, width=0.5, ...")],
+    out: Annotated[Path, typer.Option(help="Folder for the pruned network; must not exist or be empty.")],
+    criterion: Annotated[str, typer.Option(help="How units are ranked.")] = "magnitude",
+    allocator: Annotated[str, typer.Option(help="How the budget is shared among groups.")] = "global",
+    protect: Protect = None,
+    only: Only = None,
+    kinds: Kinds = None,
+    round_to: Annotated[int, typer.Option(min=1, help="Keep multiples of this many units.")] = 1,
+    seed: Seed = 0,
+    certify: Annotated[bool, typer.Option(help="Prove the result equal to the masked network.")] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Prune a network to a budget, certify the cut and save the result."""
+    with _errors_in_one_line(debug):
+        graph = mp.trace(*_network(target))
+        plan = mp.plan(
+            graph,
+            budget=budget,
+            criterion=criterion,
+            allocator=allocator,
+            protect=tuple(protect or ()),
+            only=tuple(only or ()),
+            kinds=tuple(kinds.split(",")) if kinds else None,
+            round_to=round_to,
+            seed=seed,
+        )
+        pruned = mp.apply(graph, plan, certify=certify)
+        pruned.save(out)
+        _report(pruned, out, as_json)
+
+
+def main() -> None:
+    """Entry point of the console script; modules in the current directory can be named."""
+    sys.path.insert(0, os.getcwd())
+    app()
+
+
+@contextlib.contextmanager
+def _errors_in_one_line(debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except mp.MetapruneError as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split())
+        Console(stderr=True, soft_wrap=True).print(Text(f"error: {message}"), style="red")
+        raise typer.Exit(2) from error
+
+
+def _network(target: str) -> tuple[Any, Any]:
+    """Model and example inputs of a target."""
+    if targets.is_saved(target):
+        return targets.saved(target)
+    return targets.build(target)
+
+
+def _groups(graph: Graph) -> list[dict[str, Any]]:
+    """One row per group; the cost of a unit is what goes when it alone is removed from the whole network."""
+    costs = graph.coupling.costs
+    one_less = costs.sizes - np.eye(len(costs.sizes))  # (groups, groups)
+    macs = graph.cost().macs - costs.evaluate("macs", one_less)
+    params = graph.cost().params - costs.evaluate("params", one_less)
+    return [
+        {
+            "name": group.name,
+            "kind": group.kind,
+            "size": group.size,
+            "macs_per_unit": round(macs[i]),
+            "params_per_unit": round(params[i]),
+            "pinned": group.pinned,
+            "reason": group.reason,
+        }
+        for i, group in enumerate(graph.groups)
+    ]
+
+
+def _report(pruned: mp.Pruned, out: Path, as_json: bool) -> None:
+    before, after = pruned.cost["before"], pruned.cost["after"]
+    certificate = pruned.certificate
+    if as_json:
+        proof = None
+        if certificate is not None:
+            proof = {"ok": certificate.ok, "wiring": certificate.wiring, "function": certificate.function}
+        _print_json(
+            {
+                "out": str(out),
+                "kind": pruned.kind,
+                "before": _cost(before),
+                "after": _cost(after),
+                "certificate": proof,
+                "notes": pruned.notes,
+            }
+        )
+        return
+    table = Table("", "before", "after", "kept", title=f"saved to {out} ({pruned.kind})")
+    for name, old in _cost(before).items():
+        new = _cost(after)[name]
+        table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.1%}" if old else "")
+    console = Console()
+    console.print(table)
+    console.print(Text(certificate.summary() if certificate is not None else "not certified"))
+    for note in pruned.notes:
+        console.print(Text(f"note: {note}"))
+
+
+def _cost(cost: Any) -> dict[str, int]:
+    return {"macs": cost.macs, "params": cost.params, "bytes": cost.bytes}
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")

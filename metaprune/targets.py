@@ -1,0 +1,57 @@
+"""Networks named on the command line: `module:function`, or a folder written by `Pruned.save`."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from metaprune.data import Inputs
+from metaprune.graphs.errors import MetapruneError, OptionError
+
+
+def build(target: str) -> tuple[nn.Module, Inputs]:
+    """The network and the example inputs that a `module:function` stands for.
+
+    The module is imported and the function called without arguments: only name code you trust.
+
+    Args:
+        target: Import name of a module and name of a function in it that returns `(model, inputs)`.
+
+    Raises:
+        OptionError: There is no such module or function, it fails, or it returns something else.
+    """
+    found = _function(target)
+    try:
+        made = found()
+    except MetapruneError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise OptionError(f"{target} failed with {type(error).__name__}: {error}") from error
+    match made:
+        case (nn.Module() as model, (Tensor() | tuple() | dict()) as inputs):
+            return model, inputs
+    raise OptionError(f"{target} must return (model, inputs): an nn.Module and a tensor, tuple or dict")
+
+
+def is_saved(target: str) -> bool:
+    """Whether a target names a folder rather than `module:function`."""
+    return Path(target).is_dir()
+
+
+def _function(target: str) -> Callable[[], Any]:
+    module, colon, function = target.partition(":")
+    if not (module and colon and function):
+        raise OptionError(f"{target!r} is neither MODULE:FUNCTION nor a saved folder")
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except Exception as error:  # importing runs the user's code
+        raise OptionError(f"{target}: module {module!r} can not be imported ({_said(error)})") from error
+    if not callable(found):
+        raise OptionError(f"{target}: module {module!r} has no function {function!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
