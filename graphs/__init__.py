@@ -1,0 +1,1 @@
+"""Computation graphs: tracing, coupling, surgery, certificates, cost. The only package that knows operators."""

@@ -1,0 +1,204 @@
+"""Proof that a pruned network equals the masked original, in float64, or the reason it does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import nn
+
+from metaprune.graphs import structure
+from metaprune.graphs.errors import CertificateError
+from metaprune.graphs.ir import Graph
+from metaprune.graphs.reference import names_of, run_exact
+from metaprune.graphs.structure import Ref
+from metaprune.graphs.surgery import Incision
+
+TOLERANCE = 1e-9
+_NORMS = ("layer_norm", "group_norm")
+_DRAWS = 2
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was measured on one pruned network.
+
+    Attributes:
+        wiring: Largest relative difference to the original with silenced parameters, statistics of layer and group norms
+            taken over kept channels on both sides.
+        function: The same without that allowance: 0 where the cut is exact as it stands.
+        outputs: Number of output tensors compared.
+        inputs: Number of random inputs.
+        revived: Tensors too dead to prove anything (zeros, constants), replaced by random values on both sides.
+        change: Largest relative difference to the unpruned network; a cut that changes nothing proves nothing.
+    """
+
+    wiring: float
+    function: float
+    outputs: int
+    inputs: int
+    revived: tuple[str, ...] = ()
+    change: float = math.nan
+
+    @property
+    def ok(self) -> bool:
+        """Whether the wiring is exact."""
+        return self.wiring <= TOLERANCE
+
+    def summary(self) -> str:
+        """One line for people."""
+        verdict = "certified" if self.ok else "NOT certified"
+        return f"{verdict}: wiring {self.wiring:.1e}, function {self.function:.1e}, {self.inputs} inputs, {self.outputs} outputs"
+
+
+class Prover:
+    """Compares candidates with the masked original; the reference is computed once."""
+
+    def __init__(self, graph: Graph, incision: Incision, seed: int = 0) -> None:
+        if graph.source is None:
+            raise CertificateError("a graph without its network can not be certified; trace the network itself")
+        self._graph = graph
+        self._incision = incision
+        self._canonical = {alias: info.name for info in graph.tensors.values() for alias in info.aliases}
+        self._revived: dict[str, torch.Tensor] = {}
+        self._leaves = [self._draw(seed + i) for i in range(_DRAWS)]
+        self._revive(seed)
+        self._aware = self._norms()
+        self._wiring = self._reference(self._aware)
+        self._function = self._reference({}) if self._aware else self._wiring
+
+    def certify(self, module: nn.Module) -> Certificate:
+        """Measures one candidate."""
+        names = names_of(module, self._canonical)
+        found = [run_exact(module, self._call(leaves), names, self._cut_weight) for leaves in self._leaves]
+        wiring, function = _distance(found, self._wiring), _distance(found, self._function)
+        return Certificate(wiring, function, len(found[0]), len(found), tuple(self._revived))
+
+    # ---- the two sides
+
+    def _reference(self, channels: Mapping[str, torch.Tensor]) -> list[list[torch.Tensor]]:
+        source = self._graph.source
+        assert source is not None
+        names = names_of(source, self._canonical)
+        return [run_exact(source, self._call(leaves), names, self._masked_weight, channels) for leaves in self._leaves]
+
+    def _full_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        full = self._revived.get(name, self._graph.values.get(name, tensor)).detach()
+        return full.double() if full.is_floating_point() else full
+
+    def _masked_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        full = self._full_weight(name, tensor)
+        dims = self._incision.kept.get(name, {})
+        if not dims or name.endswith("running_var") or not full.is_floating_point():
+            return full
+        for dim, index in dims.items():
+            mask = torch.zeros(full.shape[dim], dtype=full.dtype)
+            mask[torch.from_numpy(index)] = 1
+            full = full * mask.reshape([-1 if d == dim else 1 for d in range(full.ndim)]).to(full.device)
+        return full
+
+    def _cut_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A candidate's own tensor; where a tensor was revived, the cut of the revived one."""
+        if name in self._revived:
+            return self._incision.carry(name, self._revived[name].double())
+        if name in self._incision.scales:
+            return self._incision.carry(name, self._full_weight(name, tensor))
+        return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+
+    # ---- inputs, live weights, norms
+
+    def _call(self, leaves: Mapping[str, torch.Tensor]) -> Callable[[nn.Module], Any]:
+        positional, named = self._graph.signature.spec
+
+        def find(ref: Ref) -> torch.Tensor:
+            return leaves[ref.name]
+
+        def call(module: nn.Module) -> Any:
+            args = [structure.put_together(a, find) for a in positional]
+            return module(*args, **{k: structure.put_together(v, find) for k, v in named.items()})
+
+        return call
+
+    def _draw(self, seed: int) -> dict[str, torch.Tensor]:
+        """Random inputs like the example: noise on floats, integers in another order."""
+        generator = torch.Generator().manual_seed(seed)
+        leaves: dict[str, torch.Tensor] = {}
+        for name, value in self._graph.example.items():
+            value = value.detach()
+            if value.is_floating_point():
+                noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+                leaves[name] = value.double() + noise
+            elif value.ndim > 1 and value.dtype is not torch.bool:
+                leaves[name] = value.roll(seed % max(1, value.shape[-1]), -1)
+            else:
+                leaves[name] = value
+        return leaves
+
+    def _revive(self, seed: int) -> None:
+        """Replaces parameters that hide errors: constant ones, and those with slices that are exactly zero."""
+        for info in self._graph.tensors.values():
+            if info.kind != "parameter" or info.name not in self._incision.kept:
+                continue
+            value = self._graph.values[info.name].detach()
+            if not value.is_floating_point() or value.numel() < 2:
+                continue
+            constant = bool((value == value.flatten()[0]).all())
+            tiny = float(value.abs().max()) < 1e-3
+            if not (constant or tiny or _has_zero_slice(value)):
+                continue
+            generator = torch.Generator().manual_seed(seed + crc32(info.name.encode()))
+            random = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            if value.ndim > 1:
+                random = random / max(1.0, value[0].numel() ** 0.5)
+            else:
+                random = (1.0 + 0.3 * random) if constant and float(value.flatten()[0]) != 0 else 0.5 * random
+            self._revived[info.name] = random.to(value.device)
+
+    def _norms(self) -> dict[str, torch.Tensor]:
+        """Kept channels of every layer and group norm that the cut touches, by the name of its weight."""
+        found: dict[str, torch.Tensor] = {}
+        for node in self._graph.nodes.values():
+            if node.base not in _NORMS:
+                continue
+            for name in node.refs():
+                source = self._graph.nodes[name]
+                if source.op == "tensor" and 0 in self._incision.kept.get(source.args[0], {}):
+                    found[source.args[0]] = torch.from_numpy(self._incision.kept[source.args[0]][0])
+        return found
+
+
+def _has_zero_slice(value: torch.Tensor) -> bool:
+    if value.ndim == 1:
+        return bool((value == 0).any())
+    return any(bool((value.transpose(0, d).flatten(1) == 0).all(1).any()) for d in range(min(2, value.ndim)))
+
+
+def _distance(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> float:
+    """Largest difference relative to the largest value, over all outputs; infinite for other shapes or non-finite values."""
+    worst = 0.0
+    for values, references in zip(found, expected, strict=True):
+        if len(values) != len(references):
+            return math.inf
+        for value, reference in zip(values, references, strict=True):
+            if value.shape != reference.shape:
+                return math.inf
+            if not value.is_floating_point():
+                worst = max(worst, 0.0 if torch.equal(value, reference) else math.inf)
+                continue
+            if not value.numel():
+                continue
+            scale = float(reference.abs().max())
+            difference = float((value - reference).abs().max())
+            if not math.isfinite(difference) or not math.isfinite(scale):
+                both = torch.equal(torch.isfinite(value), torch.isfinite(reference))
+                finite = torch.isfinite(value) & torch.isfinite(reference)
+                if not both or not bool(finite.any()):
+                    return math.inf
+                scale = float(reference[finite].abs().max())
+                difference = float((value[finite] - reference[finite]).abs().max())
+            worst = max(worst, difference / max(scale, 1e-30))
+    return worst

@@ -1,0 +1,197 @@
+"""Cost as polynomials in the group sizes: multiply-adds, parameters, activation bytes.
+
+The size of an axis is a sum of products of kept counts (a concatenation adds, heads times head dimensions multiply); an
+operator's multiply-adds are products of axis sizes. So cost is a polynomial of the degree the network asks for, evaluated for a
+whole population of plans at once. Nothing is ever added up per group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metaprune.graphs import operators
+from metaprune.graphs.flow import Axis
+from metaprune.graphs.ir import Meta, Node
+from metaprune.graphs.structure import Ref
+
+if TYPE_CHECKING:
+    from metaprune.graphs.coupling import Coupling
+
+Counts = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a network on the caller's example batch: multiply-adds, parameters, bytes of computed activations."""
+
+    macs: int
+    params: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of an axis: `constant` + sum of coefficient * product of the kept counts of `groups`."""
+
+    constant: float
+    terms: tuple[tuple[float, tuple[int, ...]], ...] = ()
+
+    def at(self, kept: Counts) -> Counts:
+        """Value for kept counts of shape [plans, groups]; shape [plans]."""
+        total = np.full(len(kept), self.constant)
+        for coefficient, groups in self.terms:
+            total = total + coefficient * kept[:, list(groups)].prod(axis=1)
+        return total
+
+
+Term = tuple[Size, ...]
+
+
+class Costs:
+    """The cost polynomials of a coupled graph."""
+
+    def __init__(self, coupling: Coupling) -> None:
+        self._coupling = coupling
+        self._cache: dict[int, tuple[Axis, Size]] = {}
+
+    @cached_property
+    def sizes(self) -> Counts:
+        """Full size of every group, shape [groups]."""
+        return np.array([group.size for group in self._coupling.groups], dtype=float)
+
+    @cached_property
+    def full(self) -> Cost:
+        """Cost of the unpruned network."""
+        return self.cost(self.sizes)
+
+    def cost(self, kept: Counts) -> Cost:
+        """Cost for one vector of kept counts, shape [groups]."""
+        row = kept[None]
+        return Cost(*(int(round(float(self.evaluate(what, row)[0]))) for what in ("macs", "params", "bytes")))
+
+    def evaluate(self, what: str, kept: Counts) -> Counts:
+        """`macs`, `params` or `bytes` for a population of kept counts, shape [plans, groups]; shape [plans]."""
+        total = np.zeros(len(kept))
+        values: dict[Size, Counts] = {}
+        for term in self.terms[what]:
+            product: Any = 1.0
+            for size in term:
+                if size not in values:
+                    values[size] = size.at(kept)
+                product = product * values[size]
+            total = total + product
+        return total
+
+    @cached_property
+    def terms(self) -> dict[str, list[Term]]:
+        """The polynomials: each a sum of products of axis sizes."""
+        graph = self._coupling.graph
+        found: dict[str, list[Term]] = {"macs": [], "params": [], "bytes": []}
+        for node in graph.nodes.values():
+            if node.op == "tensor":
+                if graph.tensors[node.args[0]].kind == "parameter":
+                    found["params"].append(tuple(self.shape(node)))
+            elif node.op != "input" and isinstance(node.meta, Meta):
+                found["macs"] += self._macs(node)
+                if not _moves(node.op):
+                    found["bytes"].append((*self.shape(node), Size(node.meta.dtype.itemsize)))
+        read = {node.args[0] for node in graph.nodes.values() if node.op == "tensor"}
+        for info in graph.tensors.values():
+            if info.kind == "parameter" and info.name not in read:
+                found["params"].append(tuple(Size(n) for n in info.shape))
+        return found
+
+    def shape(self, node: Node) -> list[Size]:
+        """Sizes of the axes of a node's (first) value, batched dimensions scaled to the caller's batch."""
+        axes = self._coupling.values(node)[0]
+        meta = node.meta if isinstance(node.meta, Meta) else node.meta[0]  # type: ignore[index]
+        assert isinstance(meta, Meta)
+        batched = meta.batched or (False,) * len(axes)
+        restricted = self._coupling.flow.restricted.get(node.name, set())
+        return [
+            self._size(axis, self._coupling.graph.batch if grows else 1.0) if d not in restricted else Size(axis.size)
+            for d, (axis, grows) in enumerate(zip(axes, batched, strict=True))
+        ]
+
+    def _operand(self, node: Node, ref: Ref) -> list[Size]:
+        source = self._coupling.graph.nodes[ref.name]
+        sizes = self.shape(source)
+        for name, dim in self._coupling.flow.filled.get(node.name, ()):
+            if name == ref.name:
+                sizes[dim] = Size(self._coupling.flow.axes[name][dim].size)
+        return sizes
+
+    def _size(self, axis: Axis, scale: float) -> Size:
+        if axis.ids is None:
+            return Size(axis.size * scale)
+        key = id(axis.ids)
+        if key not in self._cache:
+            self._cache[key] = (axis, self._polynomial(axis))
+        return self._cache[key][1]
+
+    def _polynomial(self, axis: Axis) -> Size:
+        owners = [np.where(u >= 0, self._coupling.owner[u], -1) for u in self._coupling.units(axis)]
+        if not owners:
+            return Size(axis.size)
+        table, counts = np.unique(np.stack(owners), axis=1, return_counts=True)
+        constant, terms = 0.0, []
+        for combination, count in zip(table.T, counts.tolist(), strict=True):
+            groups = tuple(g for g in combination.tolist() if g >= 0 and not self._coupling.groups[g].pinned)
+            if groups:
+                terms.append((count / float(self.sizes[list(groups)].prod()), groups))
+            else:
+                constant += count
+        return Size(constant, tuple(terms))
+
+    def _macs(self, node: Node) -> list[Term]:
+        from metaprune.graphs.rules import lookup
+
+        rule = lookup(node.op)
+        if rule is None or not rule.macs:
+            return []
+        bound = operators.bind(node.op, node.args, dict(node.kwargs))
+        if rule.macs == "einsum":
+            return [self._einsum(node, bound)]
+        if rule.macs == "recurrent":
+            return self._recurrent(node, bound)
+        return [self._product(node, bound, term.split(), rule.operands) for term in rule.macs.split("+")]
+
+    def _product(self, node: Node, bound: dict[str, Any], factors: list[str], operands: tuple[str, ...]) -> Term:
+        sizes: list[Size] = []
+        for factor in factors:
+            name, _, part = factor.partition("[")
+            shape = self.shape(node) if name == "out" else self._operand(node, bound[operands[int(name)]])
+            if part:
+                start, colon, _ = part.rstrip("]").partition(":")
+                shape = shape[int(start) :] if colon else [shape[int(start)]]
+            sizes += shape
+        return tuple(sizes)
+
+    def _einsum(self, node: Node, bound: dict[str, Any]) -> Term:
+        letters: dict[str, Size] = {}
+        for term, ref in zip(bound["equation"].replace(" ", "").split("->")[0].split(","), bound["tensors"], strict=True):
+            sizes, count = self._operand(node, ref), term.replace("...", "")
+            head = term.find("...") if "..." in term else len(term)
+            dots = len(sizes) - len(count)
+            names = [*count[:head], *(f".{dots - 1 - i}" for i in range(dots)), *count[head:]]
+            for name, size in zip(names, sizes, strict=True):
+                if name not in letters or letters[name] == Size(1.0):
+                    letters[name] = size
+        return tuple(letters.values())
+
+    def _recurrent(self, node: Node, bound: dict[str, Any]) -> list[Term]:
+        steps = self._operand(node, bound["input"])[:-1]
+        weights = [self._operand(node, ref) for ref in bound["params"]]
+        return [(*steps, *shape) for shape in weights if len(shape) == 2]
+
+
+def _moves(op: str) -> bool:
+    """Whether the operator only views its operand, so that no bytes are written."""
+    from metaprune.graphs.functionalise import is_view
+
+    return op.startswith("operator.") or is_view(op) or op.split(".")[1] in ("reshape", "flatten", "contiguous", "dropout")

@@ -1,0 +1,130 @@
+"""Runs a user's own module in float64, one operator at a time, with parameter slices of removed units silenced.
+
+This is the certificate's reference. It does not execute the graph: the module's own Python code runs, and a dispatch mode replaces
+every parameter by a masked float64 copy in the moment an operator reads it, so memory is that of one operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+Weights = Callable[[str, torch.Tensor], torch.Tensor]
+_LOW = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Exact(TorchDispatchMode):
+    """Everything in float64; the network's tensors go through `weights` when read.
+
+    Args:
+        names: Name of each of the network's tensors, by identity.
+        weights: Gives the float64 tensor that stands for a named one.
+        channels: For layer and group norms: kept channels of the norm that owns a weight, by the weight's name.
+    """
+
+    def __init__(self, names: Mapping[int, str], weights: Weights, channels: Mapping[str, torch.Tensor] | None = None) -> None:
+        super().__init__()
+        self._names = names
+        self._weights = weights
+        self._channels = channels or {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs one operator in float64."""
+        kwargs = dict(kwargs or {})
+        owner = self._norm_owner(func, args, kwargs)
+        new_args, new_kwargs = tree_map(self._lift, args), tree_map(self._lift, kwargs)
+        if new_kwargs.get("dtype") in _LOW:
+            new_kwargs["dtype"] = torch.float64
+        new_args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in _LOW else a for a in new_args)
+        if owner is not None:
+            return _norm_over_kept(func, new_args, self._channels[owner])
+        return tree_map(_to_double, func(*new_args, **new_kwargs))
+
+    def _lift(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        name = self._names.get(id(value))
+        if name is not None:
+            return self._weights(name, value)
+        return _to_double(value)
+
+    def _norm_owner(self, func: Any, args: Any, kwargs: Any) -> str | None:
+        name = func._schema.name
+        if name not in ("aten::native_layer_norm", "aten::native_group_norm"):
+            return None
+        weight = args[2] if name.endswith("layer_norm") else args[1]
+        owner = self._names.get(id(weight)) if isinstance(weight, torch.Tensor) else None
+        return owner if owner in self._channels else None
+
+
+def _to_double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.dtype in _LOW else value
+
+
+def _norm_over_kept(func: Any, args: Any, kept: torch.Tensor) -> Any:
+    """A layer or group norm whose statistics leave out removed channels; the others come out as weight * 0 + bias."""
+    if func._schema.name.endswith("layer_norm"):
+        x, shape, weight, bias, eps = args[:5]
+        part = torch.ops.aten.native_layer_norm(x[..., kept], [len(kept)], weight[kept], _at(bias, kept), eps)[0]
+        y = torch.zeros_like(x)
+        y[..., kept] = part
+        return y, None, None
+    x, weight, bias, batch, channels, positions, groups, eps = args[:8]
+    inside = channels // groups
+    count = len(torch.unique(kept // inside))
+    part = torch.ops.aten.native_group_norm(
+        x[:, kept].contiguous(), weight[kept], _at(bias, kept), batch, len(kept), positions, count, eps
+    )[0]
+    y = torch.zeros_like(x)
+    y[:, kept] = part
+    return y, None, None
+
+
+def _at(bias: Any, kept: torch.Tensor) -> Any:
+    return None if bias is None else bias[kept]
+
+
+@contextlib.contextmanager
+def evaluated(module: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no fused attention path, for a while."""
+    flags = [(m, m.training) for m in module.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    for m, _ in flags:
+        m.training = False
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for m, flag in flags:
+            m.training = flag
+
+
+def names_of(module: nn.Module, canonical: Mapping[str, str]) -> dict[int, str]:
+    """The graph's name of each tensor of a module, by identity."""
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    return {id(tensor): canonical.get(name, name) for name, tensor in tensors.items()}
+
+
+def run_exact(
+    module: nn.Module,
+    call: Callable[[nn.Module], Any],
+    names: Mapping[int, str],
+    weights: Weights,
+    channels: Mapping[str, torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """Float64 tensors that a call of the module returns, in order of its output structure."""
+    from metaprune.graphs.structure import take_apart
+
+    with evaluated(module), Exact(names, weights, channels):
+        result = call(module)
+    found: list[torch.Tensor] = []
+    take_apart(result, found.append, lambda _, value: None)
+    return found

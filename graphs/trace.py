@@ -1,0 +1,428 @@
+"""From PyTorch to a `Graph`: `torch.export(strict=False)`, read node by node, made functional on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from metaprune.graphs import operators, structure
+from metaprune.graphs.errors import MetapruneError, TraceError
+from metaprune.graphs.functionalise import Functionaliser, Handle, functional, is_view, is_write
+from metaprune.graphs.ir import Graph, Meta, Node, Signature, TensorInfo, Training, live_nodes, verify
+from metaprune.graphs.structure import Ref
+
+_GUARDS = ("_assert", "sym_constrain_range", "sym_constrain_range_for_size")
+_REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+def trace(model: Any, inputs: Any = None, dynamic: Mapping[int | str, Sequence[int]] | None = None) -> Graph:
+    """Turns a network into a `Graph`.
+
+    Args:
+        model: An `nn.Module`, `fx.GraphModule` or `ExportedProgram`. It is traced in eval mode and never changed.
+        inputs: An example: a tensor, a tuple of arguments, or a dict of keyword arguments. An `ExportedProgram`
+            brings its own. A batch of one is doubled, since a dynamic dimension can not be of size one.
+        dynamic: More dynamic dimensions, by position or name of the argument: `{"input_ids": (1,)}`.
+
+    Raises:
+        TraceError: The network can not be exported, or does not accept the inputs.
+    """
+    if isinstance(model, ExportedProgram):
+        return _from_program(model)
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"a network must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}")
+    if inputs is None:
+        raise TraceError("inputs: an example input is needed to trace a network")
+    args, kwargs = _call(inputs)
+    leaves: list[torch.Tensor] = []
+
+    def leaf(tensor: torch.Tensor) -> Ref:
+        leaves.append(tensor)
+        return Ref(f"in{len(leaves) - 1}")
+
+    spec = (
+        tuple(structure.take_apart(a, leaf, lambda _, v: v) for a in args),
+        {k: structure.take_apart(v, leaf, lambda _, v: v) for k, v in kwargs.items()},
+    )
+    if not leaves:
+        raise TraceError("inputs: the example holds no tensor")
+    wrapper = _Flat(model, spec)
+    size = leaves[0].shape[0] if leaves[0].ndim else 0
+    notes: list[str] = []
+    with _evaluating(model):
+        doubled = [torch.cat([x, x]) if size == 1 and x.ndim and x.shape[0] == 1 else x for x in leaves]
+        try:
+            program = _export(wrapper, doubled, _dims(spec, doubled, dynamic))
+            used = doubled
+        except TraceError:
+            if size != 1 or dynamic:
+                raise
+            wrapper = _Flat(model, spec)
+            program = _export(wrapper, leaves, None)
+            used = leaves
+            notes.append("the network accepts a batch of one only")
+    names = tuple(inspect.signature(model.forward).parameters)
+    reader = _Reader(program, _tensors_of(model), strip="model.")
+    reader.read()
+    outputs = iter(reader.outputs)
+    output = structure.exchange(wrapper.noted.template, lambda _: next(outputs))
+    signature = Signature(names, spec, output, wrapper.noted.dropped)
+    notes += [f"output {path} is not a tensor and is left out" for path in wrapper.noted.dropped]
+    batch = leaves[0].shape[0] / used[0].shape[0] if leaves[0].ndim and used[0].shape[0] else 1.0
+    return reader.graph(signature, model, used, batch, notes)
+
+
+def _from_program(program: ExportedProgram) -> Graph:
+    if program.example_inputs is None:
+        raise TraceError("the ExportedProgram carries no example inputs")
+    args, kwargs = program.example_inputs
+    model = program.module(check_guards=False)
+    reader = _Reader(program, dict(program.state_dict) | dict(program.constants), strip="")
+    reader.read()
+    flat, _ = torch.utils._pytree.tree_flatten((args, kwargs))
+    names = iter(reader.inputs)
+    spec = torch.utils._pytree.tree_map(lambda v: Ref(next(names)) if isinstance(v, torch.Tensor) else v, (args, kwargs))
+    output = torch.utils._pytree.tree_unflatten(reader.outputs, program.call_spec.out_spec)
+    output = structure.take_apart(output, lambda t: t, lambda _, v: v)
+    signature = Signature(tuple(kwargs), (tuple(spec[0]), spec[1]), output)
+    return reader.graph(signature, model, [v for v in flat if isinstance(v, torch.Tensor)], 1.0, [])
+
+
+def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+class _Output:
+    """Structure of a network's output, noted while it is traced (the exporter undoes changes of module attributes)."""
+
+    template: Any = None
+    dropped: tuple[str, ...] = ()
+
+
+class _Flat(nn.Module):
+    """The network with a flat list of tensors in and out."""
+
+    def __init__(self, model: nn.Module, spec: tuple[tuple[Any, ...], Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.model = model
+        self._spec = spec
+        self.noted = _Output()
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        find: Callable[[Ref], Any] = lambda ref: tensors[int(ref.name[2:])]  # noqa: E731
+        args = [structure.put_together(a, find) for a in self._spec[0]]
+        kwargs = {k: structure.put_together(v, find) for k, v in self._spec[1].items()}
+        result = self.model(*args, **kwargs)
+        leaves: list[torch.Tensor] = []
+        dropped: list[str] = []
+
+        def leaf(tensor: torch.Tensor) -> Ref:
+            leaves.append(tensor)
+            return Ref(f"out{len(leaves) - 1}")
+
+        def other(path: str, value: Any) -> Any:
+            if isinstance(value, (bool, int, float, str)):
+                return value
+            dropped.append(path.lstrip(".") or type(value).__name__)
+            return None
+
+        self.noted.template = structure.take_apart(result, leaf, other)
+        self.noted.dropped = tuple(dropped)
+        return tuple(leaves)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time of the trace, without the fused attention path that hides its operators."""
+    flags = [(module, module.training) for module in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    for module, _ in flags:
+        module.training = False
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, flag in flags:
+            module.training = flag
+
+
+def _dims(
+    spec: tuple[tuple[Any, ...], Mapping[str, Any]],
+    leaves: Sequence[torch.Tensor],
+    dynamic: Mapping[int | str, Sequence[int]] | None,
+) -> tuple[Any, ...]:
+    """Dynamic dimensions of every leaf: the batch, and those asked for."""
+    size = leaves[0].shape[0] if leaves[0].ndim else 0
+    wanted: list[set[int]] = [{0} if x.ndim and x.shape[0] == size and size > 1 else set() for x in leaves]
+    for key, dims in (dynamic or {}).items():
+        try:
+            argument = spec[0][key] if isinstance(key, int) else spec[1][key]
+        except (IndexError, KeyError):
+            raise TraceError(f"dynamic: there is no argument {key!r}") from None
+        for name in structure.refs(argument):
+            wanted[int(name[2:])].update(dims)
+    return (tuple(dict.fromkeys(sorted(dims), Dim.AUTO) or None for dims in wanted),)
+
+
+def _export(wrapper: nn.Module, leaves: Sequence[torch.Tensor], dims: Any) -> ExportedProgram:
+    try:
+        return torch.export.export(wrapper, tuple(leaves), dynamic_shapes=dims, strict=False)
+    except MetapruneError:
+        raise
+    except Exception as error:
+        where = _user_line(error)
+        text = str(error).strip().splitlines() or [""]
+        raise TraceError(f"the network can not be exported: {type(error).__name__}: {text[0][:300]}{where}") from error
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost line outside torch, which is where the network stopped the export."""
+    line = ""
+    tb = error.__traceback__
+    while tb is not None:
+        file = tb.tb_frame.f_code.co_filename
+        if "/torch/" not in file and not file.endswith(("graphs/trace.py", "graphs/structure.py")):
+            line = f" (at {file}:{tb.tb_lineno} in {tb.tb_frame.f_code.co_name})"
+        tb = tb.tb_next
+    return line
+
+
+def _tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))
+
+
+class _Reader:
+    """Reads an exported program into nodes and a tensor table."""
+
+    def __init__(self, program: ExportedProgram, tensors: dict[str, torch.Tensor], strip: str) -> None:
+        self._program = program
+        self._strip = strip
+        self.nodes: dict[str, Node] = {}
+        self.values: dict[str, torch.Tensor] = dict(tensors)
+        self.infos: dict[str, TensorInfo] = {}
+        self.inputs: list[str] = []
+        self.outputs: list[Any] = []
+        self._handles: dict[fx.Node, Any] = {}
+        self._placeholders: dict[str, str] = {}
+        self._functional = Functionaliser(self._emit)
+        self._module = ""
+        self._counts: dict[str, int] = {}
+        self._owner = self._table()
+
+    def _table(self) -> dict[str, str]:
+        """Fills the tensor table; returns the table's name of every name, aliases merged by storage."""
+        buffers = {s.target: s.persistent for s in self._program.graph_signature.input_specs if s.kind is InputKind.BUFFER}
+        owner: dict[str, str] = {}
+        by_storage: dict[Any, str] = {}
+        for name, tensor in self.values.items():
+            key: Any = id(tensor)
+            if tensor.device.type != "meta" and tensor.numel():
+                key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            owner[name] = by_storage.setdefault(key, name)
+        for name, first in owner.items():
+            if name == first:
+                tensor = self.values[name]
+                kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+                persistent = all(buffers.get(prefix + name) is not False for prefix in ("", self._strip))
+                aliases = tuple(n for n, o in owner.items() if o == name)
+                self.infos[name] = TensorInfo(
+                    name, kind, tuple(tensor.shape), tensor.dtype, aliases, persistent, tensor.requires_grad
+                )
+        return owner
+
+    def read(self) -> None:
+        """Reads every node of the program."""
+        signature = self._program.graph_signature
+        specs = {spec.arg.name: spec for spec in signature.input_specs}
+        for node in self._program.graph.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node, specs[node.name])
+            elif node.op == "output":
+                kinds = [spec.kind for spec in signature.output_specs]
+                self.outputs = [
+                    self._use(arg) for arg, kind in zip(node.args[0], kinds, strict=True) if kind is OutputKind.USER_OUTPUT
+                ]
+            else:
+                self._node(node, self._program.graph_module)
+
+    def graph(
+        self, signature: Signature, model: nn.Module, leaves: Sequence[torch.Tensor], batch: float, notes: list[str]
+    ) -> Graph:
+        """The finished graph, dead nodes left out, verified."""
+        nodes = live_nodes(self.nodes, structure.refs(signature.output))
+        example = dict(zip(self.inputs, leaves, strict=True))
+        graph = Graph(nodes, self.infos, signature, self.values, model, example, batch, notes)
+        verify(graph)
+        return graph
+
+    def _placeholder(self, node: fx.Node, spec: Any) -> None:
+        if spec.kind is InputKind.USER_INPUT:
+            name = f"in{len(self.inputs)}"
+            self.inputs.append(name)
+            self.nodes[name] = Node(name, "input", meta=_meta(node.meta["val"]))
+            self._handles[node] = Handle(Ref(name), self.nodes[name].meta)
+            return
+        if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+            raise TraceError(f"the network reads {spec.arg.name}, a {spec.kind.name.lower().replace('_', ' ')}")
+        name = spec.target
+        if name not in self.values:
+            name = name.removeprefix(self._strip)
+        if name not in self.values:
+            constant = self._program.constants[spec.target]
+            self.values[name] = constant
+            self._owner[name] = name
+            self.infos[name] = TensorInfo(name, "constant", tuple(constant.shape), constant.dtype, (name,), persistent=True)
+        owner = self._owner[name]
+        if owner not in self._placeholders:
+            unique = self._unique("t_" + owner.replace(".", "_"))
+            self._placeholders[owner] = unique
+            tensor = self.values[owner]
+            meta = Meta(tuple(tensor.shape), tensor.dtype, (False,) * tensor.ndim)
+            self.nodes[unique] = Node(unique, "tensor", (owner,), meta=meta)
+        key = self._placeholders[owner]
+        self._handles[node] = Handle(Ref(key), self.nodes[key].meta)
+
+    def _use(self, value: Any) -> Any:
+        """A call's argument in terms of the graph under construction."""
+        if isinstance(value, fx.Node):
+            handle = self._handles[value]
+            return self._functional.read(handle) if isinstance(handle, Handle) else handle
+        if isinstance(value, (list, tuple)):
+            return tuple(self._use(item) for item in value)
+        if isinstance(value, slice):
+            raise TraceError("a slice object is an operator's argument")
+        return value
+
+    def _node(self, node: fx.Node, owner: nn.Module) -> None:
+        if node.op == "get_attr":
+            found = operator.attrgetter(str(node.target))(owner)
+            if isinstance(found, torch.Tensor):
+                found = self._constant(str(node.target), found)
+            self._handles[node] = found
+            return
+        target: Any = node.target
+        base = getattr(target, "__name__", str(target))
+        if base.startswith(_GUARDS):
+            return
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        self._module = stack[-1][0].removeprefix("L['self'].").removeprefix(self._strip) if stack else ""
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            self._region(node, base, owner)
+            return
+        op = operators.name_of(target)
+        if op == "operator.getitem" and isinstance(self._handles[node.args[0]], list):
+            self._handles[node] = self._handles[node.args[0]][node.args[1]]
+            return
+        self._call(node, op)
+
+    def _call(self, node: fx.Node, op: str) -> None:
+        args, kwargs = self._use(node.args), {k: self._use(v) for k, v in node.kwargs.items()}
+        meta = _meta(node.meta.get("val"))
+        if is_write(op) and isinstance(meta, Meta):
+            target = self._handles[node.args[0]]
+            name, args, kwargs = functional(op, args, kwargs, meta)
+            self._functional.write(target, self._emit(name, args, kwargs, meta))
+            self._handles[node] = target
+            return
+        op, args, kwargs = _mode(op, args, kwargs)
+        ref = self._emit(op, args, kwargs, meta)
+        handle = Handle(ref, meta)
+        base = self._handles.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        if isinstance(base, Handle) and is_view(op):
+            self._functional.record(handle, self.nodes[ref.name], base)
+        self._handles[node] = handle
+
+    def _region(self, node: fx.Node, base: str, owner: nn.Module) -> None:
+        """A region run under another mode, read in place."""
+        if base not in _REGIONS:
+            raise TraceError(f"higher-order operator {base} (in {self._module or 'the network'}) is not supported")
+        at = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
+        module = self._handles[node.args[at]]
+        inner = [self._handles[arg] if isinstance(arg, fx.Node) else arg for arg in node.args[at + 1 :]]
+        feed = iter(inner)
+        for child in module.graph.nodes:
+            if child.op == "placeholder":
+                self._handles[child] = next(feed)
+            elif child.op == "output":
+                results = child.args[0]
+                many = isinstance(results, (list, tuple))
+                found = [self._handles[r] for r in (results if many else [results])]
+                self._handles[node] = found if many else found[0]
+            else:
+                self._node(child, module)
+
+    def _constant(self, name: str, tensor: torch.Tensor) -> Handle:
+        name = name if name not in self.values else f"{name}_constant"
+        self.values[name] = tensor
+        self.infos[name] = TensorInfo(name, "constant", tuple(tensor.shape), tensor.dtype, (name,))
+        unique = self._unique("t_" + name.replace(".", "_"))
+        meta = Meta(tuple(tensor.shape), tensor.dtype, (False,) * tensor.ndim)
+        self.nodes[unique] = Node(unique, "tensor", (name,), meta=meta)
+        return Handle(Ref(unique), meta)
+
+    def _emit(self, op: str, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Any) -> Ref:
+        name = self._unique(op.split(".")[1])
+        self.nodes[name] = Node(name, op, args, kwargs, meta, self._module)
+        return Ref(name)
+
+    def _unique(self, base: str) -> str:
+        if base not in self.nodes:
+            return base
+        number = self._counts.get(base, 0) + 1
+        while f"{base}_{number}" in self.nodes:
+            number += 1
+        self._counts[base] = number
+        return f"{base}_{number}"
+
+
+def _mode(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    """Arguments that say "eval mode" made to follow the network's mode again."""
+    schema = operators.schema_of(op)
+    if schema is None:
+        return op, args, kwargs
+    base = op.split(".")[1]
+    if base in ("batch_norm", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
+        bound = operators.bind(op, args, kwargs)
+        key = "training" if base == "batch_norm" else "train"
+        if bound[key] is False:
+            bound[key] = Training()
+            return op, tuple(bound.values()), {}
+    return op, args, kwargs
+
+
+def _meta(value: Any) -> Any:
+    """Example shapes of a traced value."""
+    if isinstance(value, torch.Tensor):
+        shape = tuple(_size(s) for s in value.shape)
+        return Meta(shape, value.dtype, tuple(not isinstance(s, int) for s in value.shape))
+    if isinstance(value, (list, tuple)):
+        return tuple(_meta(item) for item in value)
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return _size(value)
+    return value
+
+
+def _size(size: Any) -> Any:
+    if isinstance(size, (int, float, bool)):
+        return size
+    hint = size.node.hint
+    if hint is None:
+        raise TraceError(f"a size depends on the data ({size}), so the network has no fixed computation graph")
+    return hint

@@ -1,0 +1,298 @@
+"""The public functions: trace, plan, apply, prune, load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from metaprune.graphs import native, saved
+from metaprune.graphs.certificate import Certificate, Prover
+from metaprune.graphs.cost import Cost
+from metaprune.graphs.errors import CertificateError, MetapruneError, OptionError, PlanError
+from metaprune.graphs.execute import execute
+from metaprune.graphs.ir import Graph
+from metaprune.graphs.plan import Plan
+from metaprune.graphs.portable import PortableModule
+from metaprune.graphs.reference import evaluated
+from metaprune.graphs.structure import take_apart
+from metaprune.graphs.surgery import Incision, Kept, cut
+from metaprune.graphs.trace import trace as _trace
+from metaprune.planning import make_plan
+
+_PORTABLE_NOTE = (
+    "portable form: batch norm and dropout follow train() and eval(); other behaviour that exists only in training "
+    "(stochastic depth, attention dropout) is not in an eval trace"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A pruned network.
+
+    Attributes:
+        module: The smaller network.
+        plan: What was cut.
+        certificate: The proof, None if it was not asked for.
+        cost: Cost `before` and `after`.
+        kind: `native` (a copy of the user's own module) or `portable` (the graph as a module).
+        kept: Kept positions by tensor name and dimension.
+        notes: What the user should know.
+        graph: The cut graph.
+    """
+
+    module: nn.Module
+    plan: Plan
+    certificate: Certificate | None
+    cost: Mapping[str, Cost]
+    kind: str
+    kept: Kept
+    notes: tuple[str, ...]
+    graph: Graph
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the portable form and the plan; `metaprune.load` reads them. The manifest comes last."""
+        saved.save(Path(directory), self.graph, self.module, self.plan)
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Writes an ONNX file with a dynamic batch through `torch.onnx.export`."""
+        saved.export_onnx(Path(path), self.graph, self.module)
+
+
+def trace(model: Any, inputs: Any = None, dynamic: Mapping[int | str, Sequence[int]] | None = None) -> Graph:
+    """Turns a network into a `Graph`.
+
+    Args:
+        model: An `nn.Module`, `fx.GraphModule` or `ExportedProgram`; it is never changed.
+        inputs: An example input: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        dynamic: Further dynamic dimensions by argument, such as `{"input_ids": (1,)}`; the batch always is.
+
+    Raises:
+        TraceError: The network can not be exported, or does not accept the inputs.
+    """
+    return _trace(model, inputs, dynamic)
+
+
+def plan(
+    graph: Graph,
+    budget: str = "macs=0.5",
+    criterion: str = "magnitude",
+    allocator: str = "global",
+    data: Any = None,
+    round_to: int = 1,
+    protect: Iterable[str] = (),
+    only: Iterable[str] = (),
+    kinds: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Decides what stays.
+
+    Args:
+        graph: The network.
+        budget: What is kept: `"macs=0.5"`, `"params=0.3"`, `"bytes=0.5"`, several joined by commas, or `"width=0.5"`
+            (that fraction of every group). A cost is never exceeded and falls short by at most 2 % or one unit.
+        criterion: How units are scored: `"magnitude"`.
+        allocator: How many units each group keeps: `"uniform"` or `"global"`.
+        data: Reserved for criteria that look at data; none of today's does.
+        round_to: Kept channel counts are multiples of this.
+        protect: Globs of groups or tensors that stay whole.
+        only: Globs of the groups or tensors that may shrink; empty for all.
+        kinds: Kinds of groups that may shrink; None for all.
+        seed: Seed of criteria and allocators that draw.
+
+    Raises:
+        BudgetInfeasible: No legal plan reaches the budget; `attainable` is the least fraction.
+        OptionError: An option has no meaning.
+    """
+    if data is not None:
+        raise OptionError(f"data: criterion {criterion!r} does not use data")
+    return make_plan(graph, budget, criterion, allocator, round_to, protect, only, kinds, seed)
+
+
+def apply(graph: Graph, plan: Plan, certify: bool = True) -> Pruned:
+    """Cuts a network and proves the cut.
+
+    Args:
+        graph: The network the plan was made for.
+        plan: What stays.
+        certify: Whether to prove equality with the masked original (see `Certificate`).
+
+    Raises:
+        PlanError: The plan is of another network, or names what does not exist.
+        CertificateError: The cut network differs from the masked original; nothing is returned.
+    """
+    if plan.graph and plan.graph != graph.fingerprint:
+        raise PlanError("the plan was made for another network: its axis table differs")
+    incision = cut(graph, plan.keep)
+    counts = graph.coupling.costs.sizes.copy()
+    for name, units in plan.keep.items():
+        counts[graph.coupling.number(name)] = len(units)
+    cost = {"before": graph.cost(), "after": graph.coupling.costs.cost(counts)}
+    prover = Prover(graph, incision) if certify else None
+    module, kind, certificate = _hand_back(graph, incision, prover)
+    notes = [*graph.notes, *([_PORTABLE_NOTE] if kind == "portable" else [])]
+    return Pruned(module, plan, certificate, cost, kind, incision.kept, tuple(notes), incision.graph)
+
+
+def prune(
+    model: Any,
+    inputs: Any = None,
+    budget: str = "macs=0.5",
+    criterion: str = "magnitude",
+    allocator: str = "global",
+    data: Any = None,
+    round_to: int = 1,
+    protect: Iterable[str] = (),
+    only: Iterable[str] = (),
+    kinds: Sequence[str] | None = None,
+    seed: int = 0,
+    certify: bool = True,
+) -> Pruned:
+    """Traces, plans and applies in one call; see those. A `Graph` is accepted for `model`.
+
+    Should a cut fail its certificate, the groups at fault are found by bisection, kept whole with a note, and the plan is made
+    again.
+    """
+    graph = model if isinstance(model, Graph) else trace(model, inputs)
+    protected = [protect] if isinstance(protect, str) else list(protect)
+    blamed: list[str] = []
+    while True:
+        made = plan(graph, budget, criterion, allocator, data, round_to, [*protected, *map(_literal, blamed)], only, kinds, seed)
+        try:
+            pruned = apply(graph, made, certify)
+        except CertificateError:
+            found = _culprits(graph, made)
+            if not found:
+                raise
+            blamed += found
+            continue
+        notes = [f"group {name} is kept whole: cutting it fails the certificate" for name in blamed]
+        return replace(pruned, notes=(*notes, *pruned.notes))
+
+
+def load(directory: str | Path, into: nn.Module | None = None) -> nn.Module:
+    """Reads a saved network.
+
+    Args:
+        directory: What `Pruned.save` wrote.
+        into: A fresh, unpruned module of the original class: the cut is replayed on a copy of it and the saved weights are
+            put in. Without it the portable form is returned.
+
+    Raises:
+        LoadError: The folder is truncated, inconsistent or hostile.
+        PlanError: `into` is another network.
+    """
+    stored = saved.load(Path(directory))
+    portable = PortableModule(stored.graph).eval()
+    if into is None:
+        return portable
+    graph = trace(into, stored.inputs)
+    if stored.plan.graph != graph.fingerprint:
+        raise PlanError("into: the module is not the network this folder was made from")
+    incision = cut(graph, stored.plan.keep)
+    incision.graph.values.update({n: v for n, v in stored.graph.values.items() if n in incision.graph.values})
+    expected = _flat(execute(stored.graph, stored.graph.values, stored.graph.example))
+    for module in native.candidates(graph, incision):
+        if _same(module, incision.graph, expected):
+            return module
+    raise MetapruneError("into: no native form of this module equals the saved network; load it without `into`")
+
+
+def _literal(name: str) -> str:
+    """A glob that matches one name only."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _hand_back(graph: Graph, incision: Incision, prover: Prover | None) -> tuple[nn.Module, str, Certificate | None]:
+    """The first verified form: native candidates, then the portable one."""
+    portable = PortableModule(incision.graph).eval()
+    expected = _reference_output(incision.graph)
+    for module in native.candidates(graph, incision):
+        if expected is not None and not _same(module, incision.graph, expected):
+            continue
+        if prover is None and expected is not None:
+            return module, "native", None
+        if prover is not None:
+            certificate = _try(prover, module)
+            if certificate is not None and certificate.ok:
+                return module, "native", certificate
+    if prover is None:
+        return portable, "portable", None
+    certificate = prover.certify(portable)
+    if not certificate.ok:
+        raise CertificateError(f"the pruned network is not the masked original ({certificate.summary()})")
+    return portable, "portable", certificate
+
+
+def _try(prover: Prover, module: nn.Module) -> Certificate | None:
+    try:
+        return prover.certify(module)
+    except Exception:  # the module's own code on edited attributes may fail in any way; it is then no candidate
+        return None
+
+
+def _reference_output(graph: Graph) -> list[torch.Tensor] | None:
+    """Output of the cut graph on the traced example; None on the meta device."""
+    if any(value.is_meta for value in graph.values.values()):
+        return None
+    with torch.no_grad():
+        return _flat(execute(graph, graph.values, graph.example))
+
+
+def _flat(output: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    take_apart(output, found.append, lambda _, value: None)
+    return found
+
+
+def _same(module: nn.Module, graph: Graph, expected: list[torch.Tensor]) -> bool:
+    """Whether a native module gives the graph's output on the traced example."""
+    from metaprune.graphs.structure import put_together
+
+    positional, named = graph.signature.spec
+    try:
+        with evaluated(module):
+            args = [put_together(a, lambda ref: graph.example[ref.name]) for a in positional]
+            found = _flat(module(*args, **{k: put_together(v, lambda ref: graph.example[ref.name]) for k, v in named.items()}))
+    except Exception:  # see _try
+        return False
+    return len(found) == len(expected) and all(map(_close, found, expected))
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    scale = float(b.abs().max()) if b.numel() else 0.0
+    tolerance = 50 * torch.finfo(a.dtype).eps ** 0.75
+    return bool(torch.allclose(a, b, rtol=0.0, atol=max(scale, 1e-30) * tolerance, equal_nan=True))
+
+
+def _culprits(graph: Graph, plan: Plan) -> list[str]:
+    """Groups whose cut fails the certificate, by bisection of the plan's edits."""
+
+    def fails(names: Sequence[str]) -> bool:
+        incision = cut(graph, {name: plan.keep[name] for name in names})
+        try:
+            return not Prover(graph, incision).certify(PortableModule(incision.graph).eval()).ok
+        except MetapruneError:
+            raise
+        except Exception:  # an operator that does not run on the cut shapes
+            return True
+
+    def search(names: Sequence[str]) -> Iterator[str]:
+        if not fails(names):
+            return
+        if len(names) == 1:
+            yield names[0]
+            return
+        half = len(names) // 2
+        found = [*search(names[:half]), *search(names[half:])]
+        yield from found or names
+
+    return list(search(list(plan.keep)))

@@ -1,0 +1,70 @@
+"""Criteria: how much the network would miss each unit of a group, as functions of the group and the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from metaprune.graphs.errors import MetapruneError, OptionError
+from metaprune.graphs.groups import Group
+
+
+class Weights:
+    """A network's tensors, with their squared sums per position computed once and shared by all groups that ask.
+
+    A dense block's last layer is read by every group before it: without sharing, the cost would be quadratic.
+    """
+
+    def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
+        self.values = values
+        self._energy: dict[tuple[str, int], torch.Tensor] = {}
+
+    def energy(self, tensor: str, dim: int) -> torch.Tensor:
+        """Sum of squares of each position along a dimension, shape [size]; raises `MetapruneError` if not finite."""
+        key = (tensor, dim)
+        if key not in self._energy:
+            value = self.values[tensor].detach()
+            if value.is_meta:
+                found = torch.zeros(value.shape[dim])
+            else:
+                others = [d for d in range(value.ndim) if d != dim]
+                norms = torch.linalg.vector_norm(value, dim=others, dtype=_wide(value)) if others else value.to(_wide(value))
+                found = norms.square().float().cpu()
+                if not bool(torch.isfinite(found).all()):
+                    raise MetapruneError(f"tensor {tensor} holds a value that is not finite")
+            self._energy[key] = found
+        return self._energy[key]
+
+
+def _wide(value: torch.Tensor) -> torch.dtype:
+    return value.dtype if value.dtype == torch.float64 else torch.float32
+
+
+Criterion = Callable[[Group, Weights], torch.Tensor]
+
+
+def magnitude(group: Group, weights: Weights) -> torch.Tensor:
+    """Group L2 norm of all slices of a unit, over the group's mean.
+
+    Fang et al., DepGraph (CVPR 2023), with the mean normaliser. Tensors without values (meta device) score equally.
+
+    Returns:
+        Score of each unit, shape [size]; higher is more important.
+    """
+    total = torch.zeros(group.size)
+    for part in group.slices:
+        total += weights.energy(part.tensor, part.dim)[torch.from_numpy(part.index)].sum(1)
+    score = total.sqrt()
+    mean = score.mean()
+    return score / mean if float(mean) > 0 else torch.ones_like(score)
+
+
+CRITERIA: dict[str, Criterion] = {"magnitude": magnitude}
+
+
+def find(name: str) -> Criterion:
+    """The criterion called `name`; raises `OptionError`."""
+    if name not in CRITERIA:
+        raise OptionError(f"criterion: {name!r} is none of {', '.join(sorted(CRITERIA))}")
+    return CRITERIA[name]

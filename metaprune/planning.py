@@ -1,0 +1,94 @@
+"""From a graph and a budget to a plan: which groups may shrink, what their units are worth, how many stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from metaprune import criteria
+from metaprune.graphs.errors import OptionError
+from metaprune.graphs.groups import Group
+from metaprune.graphs.ir import Graph
+from metaprune.graphs.plan import Plan
+from metaprune.search.allocate import Problem
+from metaprune.search.allocate import find as find_allocator
+from metaprune.search.budget import COSTS, Budget
+
+_COUNTED_IN_STEPS = ("channels", "residual", "ffn", "hidden", "other")
+
+
+def make_plan(
+    graph: Graph,
+    budget: str = "macs=0.5",
+    criterion: str = "magnitude",
+    allocator: str = "global",
+    round_to: int = 1,
+    protect: Iterable[str] = (),
+    only: Iterable[str] = (),
+    kinds: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """See `metaprune.plan`."""
+    goal = Budget.parse(budget)
+    score, allocate = criteria.find(criterion), find_allocator(allocator)
+    if not isinstance(round_to, int) or round_to < 1:
+        raise OptionError(f"round_to: must be a positive whole number, not {round_to!r}")
+    protect, only = _patterns(protect), _patterns(only)
+    groups = graph.groups
+    known = {group.kind for group in groups}
+    if kinds is not None and not set(kinds) <= known:
+        raise OptionError(f"kinds: {sorted(set(kinds) - known)[0]!r} is none of {', '.join(sorted(known))}")
+    for option, patterns in (("protect", protect), ("only", only)):
+        for pattern in patterns:
+            if not any(_matches(group, (pattern,)) for group in groups):
+                raise OptionError(f"{option}: {pattern!r} matches no group and no tensor")
+    free = [
+        i
+        for i, group in enumerate(groups)
+        if not group.pinned
+        and group.size > group.minimum
+        and not _matches(group, protect)
+        and (not only or _matches(group, only))
+        and (kinds is None or group.kind in kinds)
+    ]
+    weights = criteria.Weights(graph.values)
+    scores = [score(groups[i], weights).double().numpy() for i in free]
+    step = [round_to if groups[i].kind in _COUNTED_IN_STEPS and groups[i].size >= round_to else 1 for i in free]
+    least = [min(max(groups[i].minimum, s if s > 1 else 1), groups[i].size) for i, s in zip(free, step, strict=True)]
+    costs = graph.coupling.costs
+    problem = Problem(costs, free, scores, goal, np.array(step, dtype=np.int64), np.array(least, dtype=np.int64))
+    kept = allocate(problem) if free or goal.limits else np.empty(0, dtype=np.int64)
+    keep: dict[str, tuple[int, ...]] = {}
+    for i, count, values in zip(free, kept.tolist(), scores, strict=True):
+        if count < groups[i].size:
+            best = np.lexsort((np.arange(len(values)), -values))[:count]
+            keep[groups[i].name] = tuple(sorted(best.tolist()))
+    counts = costs.sizes.copy()
+    counts[free] = kept
+    reached = {c: _fraction(costs.evaluate(c, counts[None])[0], costs.evaluate(c, costs.sizes[None])[0]) for c in COSTS}
+    provenance: dict[str, Any] = {
+        "criterion": criterion,
+        "allocator": allocator,
+        "round_to": round_to,
+        "protect": list(protect),
+        "only": list(only),
+        "kinds": None if kinds is None else list(kinds),
+        "seed": seed,
+    }
+    return Plan(keep, graph.fingerprint, goal.text, reached, provenance)
+
+
+def _fraction(part: float, whole: float) -> float:
+    return float(part / whole) if whole else 1.0
+
+
+def _patterns(value: Iterable[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _matches(group: Group, patterns: Sequence[str]) -> bool:
+    names = [group.name, *(part.tensor for part in group.slices)]
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)

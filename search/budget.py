@@ -1,0 +1,53 @@
+"""Budgets: what is to be kept, as fractions of the full network's cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metaprune.graphs.cost import Costs
+from metaprune.graphs.errors import OptionError
+
+COSTS = ("macs", "params", "bytes")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Kept fractions by cost; `width` is the kept fraction of every group's units."""
+
+    text: str
+    limits: tuple[tuple[str, float], ...]
+    width: float | None = None
+
+    @staticmethod
+    def parse(text: str) -> Budget:
+        """Reads `"macs=0.5"`, `"macs=0.5,params=0.3"` or `"width=0.5"`; raises `OptionError`."""
+        limits: list[tuple[str, float]] = []
+        width: float | None = None
+        for part in str(text).split(","):
+            name, equals, number = (piece.strip() for piece in part.partition("="))
+            try:
+                value = float(number)
+            except ValueError:
+                raise OptionError(f"budget: {part.strip()!r} is not of the form cost=fraction") from None
+            if not equals or name not in (*COSTS, "width"):
+                raise OptionError(f"budget: {name!r} is none of {', '.join(COSTS)}, width")
+            if not 0 < value <= 1:
+                raise OptionError(f"budget: {name} must be a kept fraction above 0 and at most 1, not {number}")
+            if name == "width":
+                width = value
+            else:
+                limits.append((name, value))
+        if width is not None and limits:
+            raise OptionError("budget: width can not be combined with a cost")
+        return Budget(str(text), tuple(limits), width)
+
+    def excess(self, costs: Costs, kept: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Largest ratio of cost to its limit, for kept counts of shape [plans, groups]; at most 1 is within budget."""
+        worst = np.zeros(len(kept))
+        for name, fraction in self.limits:
+            full = float(costs.evaluate(name, costs.sizes[None])[0])
+            worst = np.maximum(worst, costs.evaluate(name, kept) / max(full * fraction, 1e-30))
+        return worst
