@@ -67,7 +67,8 @@ def inspect(target: Target, as_json: AsJson = False, debug: Debug = False) -> No
         for heading in ("group", "kind", "units", "MACs/unit", "params/unit", "pinned because"):
             table.add_column(heading, justify="right" if "unit" in heading else "left")
         for group in groups:
-            numbers = [f"{group[key]:,}" for key in ("size", "macs_per_unit", "params_per_unit")]
+            values = (group[key] for key in ("size", "macs_per_unit", "params_per_unit"))
+            numbers = ["" if value is None else f"{value:,}" for value in values]
             table.add_row(*map(Text, (group["name"], group["kind"], *numbers, group["reason"])))
         console = Console()
         console.print(table)
@@ -93,19 +94,18 @@ def prune(
 ) -> None:
     """Prune a network to a budget, certify the cut and save the result."""
     with _errors_in_one_line(debug):
-        graph = mp.trace(*_network(target))
-        plan = mp.plan(
-            graph,
+        pruned = mp.prune(
+            *_network(target),
             budget=budget,
             criterion=criterion,
             allocator=allocator,
-            protect=tuple(protect or ()),
-            only=tuple(only or ()),
-            kinds=tuple(kinds.split(",")) if kinds else None,
+            protect=protect or (),
+            only=only or (),
+            kinds=kinds.split(",") if kinds else None,
             round_to=round_to,
             seed=seed,
+            certify=certify,
         )
-        pruned = mp.apply(graph, plan, certify=certify)
         pruned.save(out)
         _report(pruned, out, as_json)
 
@@ -130,9 +130,7 @@ def _errors_in_one_line(debug: bool) -> Iterator[None]:
 
 def _network(target: str) -> tuple[Any, Any]:
     """Model and example inputs of a target."""
-    if targets.is_saved(target):
-        return targets.saved(target)
-    return targets.build(target)
+    return targets.saved(target) if Path(target).is_dir() else targets.build(target)
 
 
 def _groups(graph: Graph) -> list[dict[str, Any]]:
@@ -146,8 +144,8 @@ def _groups(graph: Graph) -> list[dict[str, Any]]:
             "name": group.name,
             "kind": group.kind,
             "size": group.size,
-            "macs_per_unit": round(macs[i]),
-            "params_per_unit": round(params[i]),
+            "macs_per_unit": None if group.pinned else round(macs[i]),
+            "params_per_unit": None if group.pinned else round(params[i]),
             "pinned": group.pinned,
             "reason": group.reason,
         }

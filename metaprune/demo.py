@@ -162,6 +162,7 @@ def _delivered(
     recovered.export_onnx(out / "pruned.onnx")
     distance = check_onnx(out / "pruned.onnx", images, predict(recovered.module, images))
     report(3, 4)
+    assert cut.certificate is not None  # certifying is the default
     result = Result(
         _figures(task, task.model, cut.cost["before"], out / "dense.onnx", images),
         task.score(cut.module),
@@ -225,8 +226,8 @@ def show(console: Console, out: Path, seed: int = 0) -> None:
     for name, old, new, form in (
         ("parameters", before.parameters, after.parameters, "{:,}"),
         ("MACs", before.macs, after.macs, "{:,}"),
-        ("latency [ms]", before.latency * 1e3, after.latency * 1e3, "{:.3f}"),
-        ("ONNX file [bytes]", before.size, after.size, "{:,}"),
+        ("latency (ms)", before.latency * 1e3, after.latency * 1e3, "{:.3f}"),
+        ("ONNX file (bytes)", before.size, after.size, "{:,}"),
     ):
         table.add_row(name, form.format(old), form.format(new), f"{new / old:.1%}")
     console.print(table)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaprune.data import Inputs, Loader
-from metaprune.evaluation import evaluating, predict
+from metaprune.evaluation import device_of, evaluating, predict
 from metaprune.graphs.errors import OptionError
 from metaprune.losses import distillation, standardised_distillation
 from metaprune.task import Task
@@ -76,7 +76,7 @@ def recover(
     for name in names:
         RUNGS[name](module, rung)
     note = f"recovered by {recipe} ({epochs} epochs per training rung, seed {seed})"
-    return dataclasses.replace(pruned, module=module.eval(), notes=[*pruned.notes, note])
+    return dataclasses.replace(pruned, module=module.eval(), notes=(*pruned.notes, note))
 
 
 def recalibrate(model: nn.Module, loader: Loader, samples: int = 4096) -> int:
@@ -154,7 +154,7 @@ def _distil(soft: Callable[[Tensor, Tensor], Tensor], weight: float, hard: float
     """A rung that minimises `weight * soft(student, teacher) + hard * task loss`."""
 
     def distil(module: nn.Module, rung: _Rung) -> None:
-        teacher = copy.deepcopy(rung.teacher).eval()
+        teacher = copy.deepcopy(rung.teacher).to(device_of(module)).eval()
 
         def objective(logits: Tensor, inputs: Inputs, labels: Tensor) -> Tensor:
             with torch.no_grad():

@@ -8,7 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from metaprune.data import Inputs
+from metaprune.graphs import saved as stored
 from metaprune.graphs.errors import MetapruneError, OptionError
+from metaprune.graphs.ir import Meta
+from metaprune.graphs.portable import PortableModule
+from metaprune.graphs.structure import Ref, put_together
 
 
 def build(target: str) -> tuple[nn.Module, Inputs]:
@@ -35,9 +39,23 @@ def build(target: str) -> tuple[nn.Module, Inputs]:
     raise OptionError(f"{target} must return (model, inputs): an nn.Module and a tensor, tuple or dict")
 
 
-def is_saved(target: str) -> bool:
-    """Whether a target names a folder rather than `module:function`."""
-    return Path(target).is_dir()
+def saved(folder: str) -> tuple[nn.Module, Inputs]:
+    """The network in a folder written by `Pruned.save`, and the inputs it was traced with, in the caller's batch size.
+
+    Raises:
+        LoadError: The folder is damaged or something else.
+    """
+    graph = stored.load(Path(folder)).graph
+    args, kwargs = graph.signature.spec
+
+    def example(ref: Ref) -> Tensor:
+        value, meta = graph.example[ref.name], graph.nodes[ref.name].meta
+        if isinstance(meta, Meta) and meta.batched and meta.batched[0]:
+            return value[: round(len(value) * graph.batch)]  # tracing may have doubled it
+        return value
+
+    inputs: dict[str, Any] = {name: put_together(value, example) for name, value in kwargs.items()}
+    return PortableModule(graph).eval(), inputs or tuple(put_together(value, example) for value in args)
 
 
 def _function(target: str) -> Callable[[], Any]:

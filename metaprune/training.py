@@ -8,19 +8,19 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from metaprune.data import Inputs, Loader
 from metaprune.evaluation import device_of, evaluating, predict
 from metaprune.graphs.errors import LoadError, MetapruneError, OptionError
+from metaprune.graphs.files import write_atomically
 
 Objective: TypeAlias = Callable[[Tensor, Inputs, Tensor], Tensor]
 Progress: TypeAlias = Callable[[int, int], None]
@@ -108,7 +108,7 @@ def train(
         Mean loss of each epoch.
 
     Raises:
-        TrainingError: A loss or gradient is not finite.
+        TrainingError: A loss, gradient or weight is not finite; the model is as it was before that epoch.
         OptionError: The checkpoint belongs to another run.
         LoadError: The checkpoint is damaged.
     """
@@ -151,7 +151,7 @@ class _Run:
         steps = len(self.loader)
         total, examples = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for step, (inputs, labels) in enumerate(self.loader):
-            done = epoch * steps + step
+            done, where = epoch * steps + step, f"epoch {epoch + 1}, step {step + 1} of {steps}"
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.rate(done / (steps * self.settings.epochs))
             labels = labels.to(self.device)
@@ -159,15 +159,18 @@ class _Run:
                 logits = predict(self.model, _laid_out(inputs, self.settings))
                 loss = self.objective(logits, inputs, labels)
             if not loss.isfinite():
-                raise TrainingError(f"{_culprit(inputs, logits)} in epoch {epoch + 1}, step {step + 1} of {steps}")
+                raise TrainingError(f"{self._culprit(inputs, logits)} is not finite in {where}")
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            self._check_gradients(f"epoch {epoch + 1}, step {step + 1} of {steps}")
+            self._check_gradients(where)
             self.optimizer.step()
             total += loss.detach() * len(labels)
             examples += len(labels)
             if progress is not None:
                 progress(done + 1, steps * self.settings.epochs)
+        bad = self._bad_tensor()
+        if bad:
+            raise TrainingError(f"{bad} is not finite after epoch {epoch + 1}")
         return total.item() / examples
 
     def _check_gradients(self, where: str) -> None:
@@ -178,6 +181,16 @@ class _Run:
         if not norm.isfinite():
             names = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
             raise TrainingError(f"the gradient of {names[0] if names else 'the loss'} is not finite in {where}")
+
+    def _culprit(self, inputs: Any, logits: Tensor) -> str:
+        """What made the loss something that is not finite, from the first cause on."""
+        if isinstance(inputs, Tensor) and not inputs.isfinite().all():
+            return "an input of the batch"
+        return self._bad_tensor() or ("the loss" if logits.isfinite().all() else "a logit of the network")
+
+    def _bad_tensor(self) -> str:
+        """Name of the first parameter or buffer that is not finite, or nothing."""
+        return next((name for name, tensor in _tensors(self.model).items() if not tensor.isfinite().all()), "")
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all that a later epoch depends on: weights, buffers, momenta, random states."""
@@ -213,12 +226,8 @@ class _Run:
 
     def save(self, path: Path, losses: list[float]) -> None:
         """Writes the state and the losses so far; the file is complete or absent."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file(self.state(), temporary, {"run": json.dumps({"identity": self._identity(), "losses": losses})})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        about = {"identity": self._identity(), "losses": losses}
+        write_atomically(path, serialise(self.state(), {"run": json.dumps(about)}))
 
     def restore(self, path: Path) -> list[float]:
         """Reads what `save` wrote; the losses so far."""
@@ -230,7 +239,7 @@ class _Run:
             raise LoadError(f"checkpoint {path} can not be read: {error}") from error
         shapes = {name: tensor.shape for name, tensor in self.state().items()}
         same = all(name in stored and stored[name].shape == shape for name, shape in shapes.items())
-        if about.get("identity") != self._identity() or not same:
+        if not isinstance(about, dict) or about.get("identity") != self._identity() or not same:
             raise OptionError(f"checkpoint {path} belongs to a run with another model, data, settings or seed")
         self.put_back(stored)
         return [float(loss) for loss in about["losses"]]
@@ -291,9 +300,3 @@ def _laid_out(inputs: Any, settings: Settings) -> Any:
     if settings.channels_last and isinstance(inputs, Tensor) and inputs.ndim == 4:
         return inputs.contiguous(memory_format=torch.channels_last)
     return inputs
-
-
-def _culprit(inputs: Any, logits: Tensor) -> str:
-    if isinstance(inputs, Tensor) and inputs.is_floating_point() and not inputs.isfinite().all():
-        return "an input of the batch is not finite"
-    return "the loss is not finite" if logits.isfinite().all() else "a logit of the network is not finite"

@@ -71,7 +71,7 @@ def test_the_table_shows_the_measured_figures(monkeypatch: pytest.MonkeyPatch, t
     demo.show(Console(file=text, width=120), tmp_path)
     rows = {line.split("│")[1].strip(): line for line in text.getvalue().splitlines() if line.startswith("│")}
     assert [cell.strip() for cell in rows["MACs"].split("│")[2:5]] == ["2,000", "500", "25.0%"]
-    assert [cell.strip() for cell in rows["latency [ms]"].split("│")[2:5]] == ["2.000", "1.000", "50.0%"]
+    assert [cell.strip() for cell in rows["latency (ms)"].split("│")[2:5]] == ["2.000", "1.000", "50.0%"]
     assert [cell.strip() for cell in rows["accuracy"].split("│")[2:5]] == ["99.0%", "98.0%", "40.0% before recovery"]
 
 

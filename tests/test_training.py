@@ -250,7 +250,7 @@ def test_training_learns_digits() -> None:
     train_half, held_out = digits()
     model = network()
     before = evaluate(model, held_out)
-    losses = train(model, train_half, classify, Settings(epochs=8))
+    losses = train(model, train_half, classify, Settings(epochs=8, lr=0.1))
     assert before < 0.3
     assert evaluate(model, held_out) > 0.9
     assert len(losses) == 8
@@ -408,6 +408,19 @@ model = network()
 losses = train(model, some(256), classify, Settings(epochs=4), seed=2, checkpoint=sys.argv[2], progress=progress)
 save_file(bits(model), sys.argv[3], {"losses": repr(losses)})
 """
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    model = network()
+    with torch.no_grad():
+        model[3].weight[2, 1, 0, 0] = math.inf
+    with pytest.raises(TrainingError, match=r"3\.weight is not finite in epoch 1, step 1 of 2"):
+        train(model, some(64), classify, Settings(epochs=1))
+    model = network()
+    before = bits(model)
+    with pytest.raises(TrainingError, match=r"\d\.\w+ is not finite after epoch 1"):  # overflow in the last step
+        train(model, some(32), lambda logits, i, labels: 1e3 * logits.sum(), Settings(epochs=1, lr=1e38, warmup=0))
+    assert_same_bits(before, bits(model))
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
