@@ -13,7 +13,7 @@ from metaprune.graphs.gates import Gates, gated_call
 from metaprune.graphs.ir import Graph, Node, Training
 from metaprune.graphs.structure import Ref
 
-Watch = Callable[[Node, Any], Any]
+Watch = Callable[[Node, Any], None]
 
 
 def run(
@@ -48,11 +48,12 @@ def execute(
     leaves: Mapping[str, torch.Tensor],
     gates: Gates | None = None,
     training: bool = False,
+    watch: Watch | None = None,
 ) -> Any:
-    """Runs a graph on values of its input nodes; see `run`."""
+    """Runs a graph on values of its input nodes; see `run`. `watch` sees every node's value."""
     env: dict[str, Any] = {}
     last = _last_uses(graph)
-    for node in graph.nodes.values():
+    for node in list(graph.nodes.values()):
         if node.op == "input":
             env[node.name] = leaves[node.name]
         elif node.op == "tensor":
@@ -62,6 +63,8 @@ def execute(
         else:
             args, kwargs = _arguments(node, env, training)
             env[node.name] = operators.resolve(node.op)(*args, **kwargs)
+        if watch is not None:
+            watch(node, env[node.name])
         for name in last.get(node.name, ()):
             del env[name]
     return structure.put_together(graph.signature.output, lambda ref: env[ref.name])

@@ -111,6 +111,8 @@ def functional(op: str, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Met
     if base == "copy_":
         return "aten.copy.default", (args[0], args[1]), {}
     if base in ("fill_", "zero_"):
+        if base == "fill_" and overload == "Tensor":
+            return "aten.fill.Tensor", args, {}
         return "aten.full_like.default", (args[0], args[1] if base == "fill_" else 0), {}
     if base == "detach_":
         return "aten.detach.default", args, kwargs

@@ -12,15 +12,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+from metaprune.graphs.errors import CertificateError
 
 Weights = Callable[[str, torch.Tensor], torch.Tensor]
 _LOW = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class Exact(TorchDispatchMode):
+class Exact(TorchFunctionMode):
     """Everything in float64; the network's tensors go through `weights` when read.
+
+    Functions see lifted operands (so that composite operators agree on dtypes), and a dispatch mode inside keeps operators from
+    falling back to lower precision.
 
     Args:
         names: Name of each of the network's tensors, by identity.
@@ -32,35 +38,85 @@ class Exact(TorchDispatchMode):
         super().__init__()
         self._names = names
         self._weights = weights
-        self._channels = channels or {}
+        self._lifted: dict[int, str] = {}
+        self._depth = 0
+        self._inner = _Double(self, channels or {})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls one function with its operands lifted."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__":
+            found = func(*args, **kwargs)
+            return torch.float64 if isinstance(found, torch.dtype) and found in _LOW else found
+        new_args, new_kwargs = tree_map(self.lift, args), tree_map(self.lift, kwargs)
+        self._depth += 1
+        try:
+            with self._inner:
+                return func(*new_args, **new_kwargs)
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self._lifted.clear()
+
+    def lift(self, value: Any) -> Any:
+        """What stands for an operand: the masked float64 copy of a named tensor, float64 of any other."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        name = self._names.get(id(value))
+        if name is None:
+            return _to_double(value)
+        lifted = self._weights(name, value)
+        self._lifted[id(lifted)] = name
+        return lifted
+
+    def owner(self, tensor: torch.Tensor) -> str | None:
+        """Name of the network's tensor that an operand is, or stands for."""
+        return self._lifted.get(id(tensor)) or self._names.get(id(tensor))
+
+
+class _Double(TorchDispatchMode):
+    """Operators in float64, whatever dtypes the code asks for."""
+
+    def __init__(self, outer: Exact, channels: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._outer = outer
+        self._channels = channels
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs one operator in float64."""
         kwargs = dict(kwargs or {})
-        owner = self._norm_owner(func, args, kwargs)
-        new_args, new_kwargs = tree_map(self._lift, args), tree_map(self._lift, kwargs)
+        owner = self._norm_owner(func, args)
+        new_args, new_kwargs = tree_map(self._outer.lift, args), tree_map(self._outer.lift, kwargs)
         if new_kwargs.get("dtype") in _LOW:
             new_kwargs["dtype"] = torch.float64
         new_args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in _LOW else a for a in new_args)
         if owner is not None:
             return _norm_over_kept(func, new_args, self._channels[owner])
-        return tree_map(_to_double, func(*new_args, **new_kwargs))
+        function = _WITHOUT_DOUBLE.get(func._schema.name, func)
+        return tree_map(_to_double, function(*new_args, **new_kwargs))
 
-    def _lift(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        name = self._names.get(id(value))
-        if name is not None:
-            return self._weights(name, value)
-        return _to_double(value)
-
-    def _norm_owner(self, func: Any, args: Any, kwargs: Any) -> str | None:
+    def _norm_owner(self, func: Any, args: Any) -> str | None:
         name = func._schema.name
         if name not in ("aten::native_layer_norm", "aten::native_group_norm"):
             return None
         weight = args[2] if name.endswith("layer_norm") else args[1]
-        owner = self._names.get(id(weight)) if isinstance(weight, torch.Tensor) else None
+        owner = self._outer.owner(weight) if isinstance(weight, torch.Tensor) else None
         return owner if owner in self._channels else None
+
+
+def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
+    """Matrix products of consecutive row blocks of `a` (ending at `offs`) with the matrices in `b`; no float64 kernel exists."""
+    if offs is None or a.ndim != 2 or b.ndim != 3 or bias is not None:
+        raise CertificateError("_grouped_mm in this form can not be run in float64")
+    out = a.new_zeros(a.shape[0], b.shape[-1])
+    start = 0
+    for i, end in enumerate(offs.tolist()):
+        out[start:end] = a[start:end] @ b[i]
+        start = end
+    return out
+
+
+_WITHOUT_DOUBLE: dict[str, Callable[..., Any]] = {"aten::_grouped_mm": _grouped_mm}
 
 
 def _to_double(value: Any) -> Any:

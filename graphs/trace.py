@@ -7,6 +7,7 @@ import inspect
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from metaprune.graphs import operators, structure
 from metaprune.graphs.errors import MetapruneError, TraceError
+from metaprune.graphs.execute import execute
 from metaprune.graphs.functionalise import Functionaliser, Handle, functional, is_view, is_write
 from metaprune.graphs.ir import Graph, Meta, Node, Signature, TensorInfo, Training, live_nodes, verify
 from metaprune.graphs.structure import Ref
@@ -269,6 +271,8 @@ class _Reader:
         nodes = live_nodes(self.nodes, structure.refs(signature.output))
         example = dict(zip(self.inputs, leaves, strict=True))
         graph = Graph(nodes, self.infos, signature, self.values, model, example, batch, notes)
+        if any(_unknown(node.meta) for node in nodes.values()):
+            measure(graph)
         verify(graph)
         return graph
 
@@ -419,10 +423,31 @@ def _meta(value: Any) -> Any:
     return value
 
 
+def _unknown(meta: Any) -> bool:
+    """Whether a size depends on the data, so that the trace can not tell it."""
+    if isinstance(meta, tuple):
+        return any(_unknown(m) for m in meta)
+    return isinstance(meta, Meta) and None in meta.shape
+
+
+def measure(graph: Graph) -> None:
+    """Fills in shapes and numbers that depend on the data by running the example."""
+    if any(tensor.is_meta for tensor in graph.example.values()):
+        raise TraceError("a size depends on the data, which the meta device does not have")
+
+    def watch(node: Node, value: Any) -> None:
+        old = node.meta
+        new = _meta(value)
+        if isinstance(new, Meta):
+            batched = old.batched if isinstance(old, Meta) else ()
+            new = Meta(new.shape, new.dtype, batched)
+        graph.nodes[node.name] = replace(node, meta=new)
+
+    with torch.no_grad():
+        execute(graph, graph.values, graph.example, watch=watch)
+
+
 def _size(size: Any) -> Any:
     if isinstance(size, (int, float, bool)):
         return size
-    hint = size.node.hint
-    if hint is None:
-        raise TraceError(f"a size depends on the data ({size}), so the network has no fixed computation graph")
-    return hint
+    return size.node.hint

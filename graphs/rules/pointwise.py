@@ -142,7 +142,7 @@ ROWS: dict[str, Rule] = {
     **{
         f"aten.{name}": RULE
         for name in (
-            "hardswish rsub floor_divide masked_fill copy log1p isnan isinf where max.other min.other clamp_min clamp_max "
+            "hardswish fill.Tensor rsub floor_divide masked_fill copy log1p isnan isinf where max.other min.other clamp_min clamp_max "
             "square reciprocal selu relu6 hardswish hardsigmoid hardtanh true_divide multiply divide subtract"
         ).split()
     },

@@ -166,14 +166,25 @@ def _index(state: Flow, node: Node, bound: Bound) -> Axes:
         return (*axes[:d], *regroup(state, (picked,), constant.shape, "index"), *axes[d + 1 :])
     for a in addressed:
         state.pin(axes[a], "addressed by numbers at run time")
-    if any(state.meta(indices[a]).dtype is torch.bool for a in addressed):
-        raise Unmatched("a boolean mask")
+    masks = [state.meta(indices[a]).dtype in (torch.bool, torch.uint8) for a in addressed]
+    if any(masks):
+        return _masked(state, node, axes, addressed, len(state.of(indices[d])))
     shape = np.broadcast_shapes(*(state.meta(indices[a]).shape for a in addressed))
     together = addressed == list(range(addressed[0], addressed[-1] + 1))
     at = addressed[0] if together else 0
     rest = [axis for i, axis in enumerate(axes) if i not in addressed]
     made = [state.fixed(size, "addressed at run time") for size in shape]
     return (*rest[:at], *made, *rest[at:])
+
+
+def _masked(state: Flow, node: Node, axes: Axes, addressed: list[int], covered: int) -> Axes:
+    """One boolean mask over `covered` dimensions: they become one of as many positions as are true."""
+    if len(addressed) > 1:
+        raise Unmatched("a boolean mask among other indices")
+    at = addressed[0]
+    for axis in axes[at : at + covered]:
+        state.pin(axis, "masked at run time")
+    return (*axes[:at], state.fixed(node.shape[at], "masked at run time"), *axes[at + covered :])
 
 
 def _index_kept(cut: Cut, node: Node, bound: Bound) -> Any:
