@@ -32,7 +32,7 @@ model.eval()
 
 task = mp.Task(model, images[:1], train, val)
 pruned = mp.prune(model, task.inputs, budget="macs=0.2")
-recovered = mp.recover(pruned, task, teacher=model, recipe="recalibrate+kd", epochs=4)
+recovered = mp.recover(pruned, task, teacher=model, recipe="kd+recalibrate", epochs=4)
 
 for name, network in (("dense", model), ("pruned", pruned.module), ("recovered", recovered.module)):
     print(f"{name:10} {task.score(network):.1%}")
