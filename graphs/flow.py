@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from metaprune.graphs import operators
 from metaprune.graphs.atoms import Atoms, Ids, Product
+from metaprune.graphs.execute import execute
 from metaprune.graphs.ir import Graph, Meta, Node
 from metaprune.graphs.structure import Ref
 
@@ -83,6 +84,8 @@ class Flow:
         sites: For each node, where it sums over axes that may shrink.
         filled: For each node, the operand axes that must be filled up with zeros again before it runs, by operand name.
         restricted: For each such node, the axes of its result that are cut down to their kept positions afterwards.
+        described: What was inferred for operators without a rule, by call.
+        described_names: Operand names in the call that was described.
     """
 
     graph: Graph
@@ -91,6 +94,9 @@ class Flow:
     sites: dict[str, list[Site]] = field(default_factory=dict)
     filled: dict[str, set[tuple[str, int]]] = field(default_factory=dict)
     restricted: dict[str, set[int]] = field(default_factory=dict)
+    described: dict[Any, Any] = field(default_factory=dict)
+    described_names: dict[Any, tuple[str, ...]] = field(default_factory=dict)
+    _values: dict[str, Any] | None = None
     _splits: dict[tuple[int, tuple[int, ...]], tuple[Axis, tuple[Axis, ...]]] = field(default_factory=dict)
     _constants: dict[str, NDArray[np.int64] | None] = field(default_factory=dict)
 
@@ -126,6 +132,22 @@ class Flow:
         if name not in self._constants:
             self._constants[name] = self._fold(self.graph.nodes[name])
         return self._constants[name]
+
+    def example_values(self) -> dict[str, Any] | None:
+        """Integer tensors and numbers of every node on the traced example; None on the meta device."""
+        if self._values is None:
+            values: dict[str, Any] = {}
+            if any(t.is_meta for t in (*self.graph.values.values(), *self.graph.example.values())):
+                return None
+
+            def watch(node: Node, value: Any) -> None:
+                if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                    values[node.name] = value
+
+            with torch.no_grad():
+                execute(self.graph, self.graph.values, self.graph.example, watch=watch)
+            self._values = values
+        return self._values
 
     def _fold(self, node: Node) -> NDArray[np.int64] | None:
         meta = node.meta

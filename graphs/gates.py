@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from metaprune.graphs import operators
 from metaprune.graphs.errors import OptionError
-from metaprune.graphs.flow import Site
 from metaprune.graphs.ir import Graph, Node
 from metaprune.graphs.structure import Ref
+
+if TYPE_CHECKING:
+    from metaprune.graphs.flow import Site
 
 
 class Gates:

@@ -109,10 +109,10 @@ def _try(call: _Call, zero: tuple[bool, ...]) -> bool | None:
 
 def _operand(zero: bool, draw: float, truth: bool, dtype: torch.dtype) -> torch.Tensor:
     if dtype is torch.bool:
-        return torch.tensor([truth])
+        return torch.tensor(truth)
     if zero:
-        return torch.zeros(1, dtype=dtype)
-    return torch.tensor([draw], dtype=dtype) if dtype.is_floating_point else torch.tensor([int(draw) or 3], dtype=dtype)
+        return torch.zeros((), dtype=dtype)
+    return torch.tensor(draw if dtype.is_floating_point else int(draw) or 3, dtype=dtype)
 
 
 def _prelu(state: Flow, node: Node, bound: Bound) -> Axes:
