@@ -44,7 +44,7 @@ Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the artefacts.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the artefacts.", file_okay=False)] = Path("runs/demo"),
     seed: Seed = 0,
     debug: Debug = False,
 ) -> None:
@@ -80,7 +80,7 @@ def inspect(target: Target, as_json: AsJson = False, debug: Debug = False) -> No
 def prune(
     target: Target,
     budget: Annotated[str, typer.Option(help="What is kept: macs=0.5, params=0.3, width=0.5, ...")],
-    out: Annotated[Path, typer.Option(help="Folder for the pruned network; must not exist or be empty.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pruned network.", file_okay=False)],
     criterion: Annotated[str, typer.Option(help="How units are ranked.")] = "magnitude",
     allocator: Annotated[str, typer.Option(help="How the budget is shared among groups.")] = "global",
     protect: Protect = None,
@@ -120,7 +120,7 @@ def main() -> None:
 def _errors_in_one_line(debug: bool) -> Iterator[None]:
     try:
         yield
-    except mp.MetapruneError as error:
+    except (mp.MetapruneError, OSError) as error:
         if debug:
             raise
         message = " ".join(str(error).split())

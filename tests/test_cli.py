@@ -210,6 +210,18 @@ def test_bad_usage_is_exit_code_2() -> None:
     assert run("prune", "my_networks:small", "--budget", "macs=0.5", "--out", "x", "--round-to", "0")[0] == 2
 
 
+def test_an_output_that_can_not_be_written_is_exit_code_2(workplace: Path) -> None:
+    (workplace / "taken").write_text("mine")
+    common = ("prune", "my_networks:small", "--budget", "macs=0.5", "--out")
+    assert run(*common, "taken")[0] == 2
+    code, out, error = run(*common, "taken/inside")
+    assert code == 2
+    assert out == ""
+    assert error.startswith("error: ")
+    assert "taken" in error
+    assert (workplace / "taken").read_text() == "mine"
+
+
 def test_names_are_not_taken_for_markup(workplace: Path) -> None:
     (workplace / "odd.py").write_text(
         "import torch\n"

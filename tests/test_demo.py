@@ -1,6 +1,9 @@
 """The demo end to end, and the checks it rests on."""
 
 import io
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ from torch import nn
 
 import metaprune as mp
 from metaprune import demo
+
+pytestmark = pytest.mark.xdist_group("demo")  # one process: the fixture is expensive
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +87,14 @@ def test_the_residual_network_adds_its_shortcut() -> None:
     x = torch.randn(2, 6, 8, 8)
     assert torch.equal(block(x), x.relu())
     assert demo.ResNet()(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+
+
+@pytest.mark.nightly
+def test_the_command_takes_less_than_a_minute(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    command = [Path(sys.executable).with_name("metaprune"), "demo", "--out", "artefacts", "--seed", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < 60
+    assert "reloaded in a new process: equal to the bit" in done.stdout
+    assert (tmp_path / "artefacts" / "pruned" / "manifest.json").exists()

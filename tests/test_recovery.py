@@ -15,6 +15,8 @@ from metaprune.losses import cross_entropy
 from metaprune.recovery import RUNGS, recalibrate
 from metaprune.training import Settings, train
 
+pytestmark = pytest.mark.xdist_group("recovery")  # one process: the fixture is expensive
+
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
