@@ -102,9 +102,9 @@ def couple(graph: Graph) -> Coupling:
         if len(made.factors) == 2 and (strength[root[made.whole]] == ROLES.index("heads")).all():
             for factor, name in zip(made.factors, ("kv_group", "query_group"), strict=True):
                 strength[root[factor]] = ROLES.index(name)
-    families, involved = solve(atoms.products, root, strength >= _NAMED)
-    reasons = atoms.pins(root)
     used = atoms.used(root)
+    families, involved = solve(atoms.products, root, used | (strength >= _NAMED))
+    reasons = atoms.pins(root)
     labelled = np.zeros(atoms.count, dtype=bool)
     for family in families:
         labelled[family.roots] = True
@@ -230,7 +230,8 @@ def _name(graph: Graph, slices: list[Slice], kind: str, taken: dict[str, int]) -
     base = first.tensor.removesuffix(".weight").removesuffix(".bias")
     if first.dim:
         base = f"{base}[{first.dim}]"
-    for name in (base, f"{base}.{kind}"):
+    plain = [] if kind in ROLES[_NAMED:] else [base]
+    for name in (*plain, f"{base}.{kind}"):
         if name not in taken:
             taken[name] = 1
             return name

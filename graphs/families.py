@@ -171,14 +171,14 @@ class _System:
         return np.unique(np.concatenate(found)).tolist() if found else []
 
 
-def solve(products: list[Product], root: Ids, roled: NDArray[np.bool_]) -> tuple[list[Family], Ids]:
+def solve(products: list[Product], root: Ids, computed: NDArray[np.bool_]) -> tuple[list[Family], Ids]:
     """Families that satisfy every product constraint.
 
     Args:
         products: The constraints.
         root: Class of each atom, shape [atoms].
-        roled: For each class, whether an operator computes along it as an axis of its own (heads, groups). Factors that are
-            only moved (a channel shuffle) become a family only where nothing else describes the merged axis.
+        computed: For each class, whether some operator computes along it, rather than only moving it. Factors that are only
+            moved (a channel shuffle) become a family only where nothing else describes the merged axis.
 
     Returns:
         The families, and all classes that some constraint mentions (those in no family stay).
@@ -192,7 +192,7 @@ def solve(products: list[Product], root: Ids, roled: NDArray[np.bool_]) -> tuple
         for factor in factors:
             key = factor.tobytes()
             if key not in merged:
-                named = bool(roled[factor].any() or roled[whole].any())
+                named = bool(computed[factor].any())
                 known = seeds.get(key, (False, 0, factor, []))
                 seeds[key] = (known[0] or named, len(factor), factor, [*known[3], whole])
     families: list[Family] = []

@@ -105,15 +105,18 @@ def _matmul(state: Flow, node: Node, bound: Bound) -> Axes:
     rows = [a[-2].with_zero(a[-2].zero)] if len(a) > 1 else []
     columns = [b[-1].with_zero(b[-1].zero)] if len(b) > 1 else []
     batch = broadcast(state, [a[:-2], b[:-2]], "matmul")
-    _head_roles(state, batch)
+    _attention_roles(state, batch, [a[-1], *columns])
     return (*batch, *rows, *columns)
 
 
-def _head_roles(state: Flow, batch: Axes) -> None:
-    """Batch axes of a product of two activations are attention heads, if they can be pruned at all."""
-    for axis in batch:
-        if axis.ids is not None:
-            state.atoms.role(axis.ids, "heads")
+def _attention_roles(state: Flow, batch: Axes, features: list[Axis]) -> None:
+    """In a batched product of two activations, batch axes that can be pruned are heads, and the features are inside them."""
+    heads = [axis for axis in batch if axis.ids is not None]
+    for axis in heads:
+        state.atoms.role(axis.ids, "heads")  # type: ignore[arg-type]
+    for axis in features:
+        if heads and axis.ids is not None:
+            state.atoms.role(axis.ids, "head_dim")
 
 
 def broadcast(state: Flow, operands: list[Axes], op: str) -> Axes:
