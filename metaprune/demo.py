@@ -58,9 +58,7 @@ class ResNet(nn.Module):
     def __init__(self, width: int = 24, classes: int = 10) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.stages = nn.Sequential(
-            Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)
-        )
+        self.stages = nn.Sequential(Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2))
         self.head = nn.Linear(4 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,9 +148,7 @@ def _pruned(task: Task, seed: int, epochs: int, step: Callable[[str], Report]) -
     return cut, mp.recover(cut, task, teacher=task.model, recipe="kd", epochs=epochs, seed=seed, progress=report)
 
 
-def _delivered(
-    task: Task, cut: mp.Pruned, recovered: mp.Pruned, images: Tensor, out: Path, report: Report
-) -> Result:
+def _delivered(task: Task, cut: mp.Pruned, recovered: mp.Pruned, images: Tensor, out: Path, report: Report) -> Result:
     recovered.save(out / "pruned")
     check_reload(out / "pruned", images, predict(recovered.module, images))
     report(1, 4)
@@ -226,7 +222,7 @@ def show(console: Console, out: Path, seed: int = 0) -> None:
     for name, old, new, form in (
         ("parameters", before.parameters, after.parameters, "{:,}"),
         ("MACs", before.macs, after.macs, "{:,}"),
-        ("latency (ms)", before.latency * 1e3, after.latency * 1e3, "{:.3f}"),
+        ("latency of 64 (ms)", before.latency * 1e3, after.latency * 1e3, "{:.3f}"),
         ("ONNX file (bytes)", before.size, after.size, "{:,}"),
     ):
         table.add_row(name, form.format(old), form.format(new), f"{new / old:.1%}")

@@ -104,7 +104,7 @@ def predict(model: nn.Module, inputs: Inputs) -> Tensor:
     inputs = _moved(inputs, device_of(model))
     if isinstance(inputs, dict):
         outputs = model(**inputs)
-    elif isinstance(inputs, tuple):
+    elif isinstance(inputs, tuple | list):  # a DataLoader collates tuples into lists
         outputs = model(*inputs)
     else:
         outputs = model(inputs)
@@ -161,8 +161,9 @@ def named(choice: str | T, table: Mapping[str, T], option: str) -> T:
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_moved(item, device) for item in value)
+    if isinstance(value, tuple | list):
+        moved = [_moved(item, device) for item in value]
+        return moved if isinstance(value, list) else tuple(moved)
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
     return value

@@ -26,7 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[demo.Result, Pat
 def test_the_demo_keeps_its_promises(finished: tuple[demo.Result, Path]) -> None:
     result, out = finished
     assert result.dense.accuracy > 0.97
-    assert result.pruned.accuracy > result.dense.accuracy - 0.015
+    assert result.pruned.accuracy > result.dense.accuracy - 0.02
     assert result.cut < result.pruned.accuracy
     assert 0.23 < result.pruned.macs / result.dense.macs <= 0.25
     assert result.pruned.parameters < result.dense.parameters / 2
@@ -76,7 +76,7 @@ def test_the_table_shows_the_measured_figures(monkeypatch: pytest.MonkeyPatch, t
     demo.show(Console(file=text, width=120), tmp_path)
     rows = {line.split("│")[1].strip(): line for line in text.getvalue().splitlines() if line.startswith("│")}
     assert [cell.strip() for cell in rows["MACs"].split("│")[2:5]] == ["2,000", "500", "25.0%"]
-    assert [cell.strip() for cell in rows["latency (ms)"].split("│")[2:5]] == ["2.000", "1.000", "50.0%"]
+    assert [cell.strip() for cell in rows["latency of 64 (ms)"].split("│")[2:5]] == ["2.000", "1.000", "50.0%"]
     assert [cell.strip() for cell in rows["accuracy"].split("│")[2:5]] == ["99.0%", "98.0%", "40.0% before recovery"]
 
 

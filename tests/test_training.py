@@ -1,4 +1,4 @@
-"""Data, losses, the training loop: against independent formulas, real data and real processes."""
+"""The training loop: against independent formulas, on real data, killed and resumed in real processes."""
 
 import copy
 import json
@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from metaprune.data import Batches, digits, flip, shift
-from metaprune.evaluation import accuracy, evaluate, latency, predict
-from metaprune.graphs.errors import LoadError, MetapruneError, OptionError
-from metaprune.losses import cross_entropy, distillation, standardised_distillation
-from metaprune.task import Task
+from metaprune.data import Batches, digits, shift
+from metaprune.evaluation import evaluate
+from metaprune.graphs.errors import LoadError, OptionError
+from metaprune.losses import cross_entropy
 from metaprune.training import Settings, TrainingError, train
 
 
@@ -58,192 +56,6 @@ def some(count: int, size: int = 32) -> Batches:
     full, _ = digits()
     generator = torch.Generator().manual_seed(0)
     return Batches(full.images[:count], full.labels[:count], size, True, shift(1), generator)
-
-
-# Data
-
-
-def test_digits_are_split_without_overlap_and_standardised() -> None:
-    train_half, held_out = digits(seed=3)
-    assert (len(train_half.images), len(held_out.images)) == (1348, 449)
-    images = torch.cat([train_half.images, held_out.images]).flatten(1)
-    pixels = ((images - images.min()) / (images.max() - images.min()) * 16).round().int()  # 0 to 16 again
-    labels = torch.cat([train_half.labels, held_out.labels])
-    served = sorted((*row, label) for row, label in zip(pixels.tolist(), labels.tolist(), strict=True))
-    raw = load_digits()
-    assert served == sorted((*row, label) for row, label in zip(raw.data.tolist(), raw.target.tolist(), strict=True))
-    assert train_half.images.mean().abs() < 1e-5
-    assert abs(train_half.images.std() - 1) < 1e-5
-
-
-def test_digits_depend_on_the_seed_only() -> None:
-    first, again, other = digits(1)[0], digits(1)[0], digits(2)[0]
-    for (a, la), (b, lb) in zip(first, again, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(la, lb)
-    assert not torch.equal(next(iter(digits(1)[0]))[1], next(iter(other))[1])
-
-
-def test_batches_serve_every_example_once_in_a_new_order() -> None:
-    numbers = torch.arange(10)
-    batches = Batches(numbers, numbers, size=4, shuffle=True, generator=torch.Generator().manual_seed(0))
-    assert len(batches) == 3
-    orders = [torch.cat([images for images, _ in batches]).tolist() for _ in range(3)]
-    assert all(sorted(order) == list(range(10)) for order in orders)
-    assert orders[0] != orders[1]
-    assert [len(images) for images, _ in batches] == [4, 4, 2]
-    assert all(torch.equal(images, labels) for images, labels in batches)
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "size", "option"), [(3, 2, 1, "labels"), (0, 0, 1, "images"), (3, 3, 0, "size")]
-)
-def test_batches_refuse_what_can_not_be_served(images: int, labels: int, size: int, option: str) -> None:
-    with pytest.raises(OptionError, match=option):
-        Batches(torch.zeros(images), torch.zeros(labels), size)
-
-
-def test_shift_equals_a_loop_over_images() -> None:
-    images = torch.randn(20, 3, 5, 7)
-    moved = shift(2)(images, torch.Generator().manual_seed(1))
-    top, left = torch.randint(5, (2, 20, 1), generator=torch.Generator().manual_seed(1))
-    offsets = set()
-    for image, result, down, right in zip(images, moved, top[:, 0], left[:, 0], strict=True):
-        expected = F.pad(image, (2, 2, 2, 2))[:, down : down + 5, right : right + 7]
-        assert torch.equal(result, expected)
-        offsets.add((int(down), int(right)))
-    assert len(offsets) > 5
-
-
-def test_flip_mirrors_about_the_asked_share() -> None:
-    images = torch.randn(1000, 1, 2, 3)
-    result = flip(0.3)(images, torch.Generator().manual_seed(0))
-    mirrored = (result == images.flip(-1)).flatten(1).all(1)
-    assert ((result == images).flatten(1).all(1) ^ mirrored).all()
-    assert 0.25 < mirrored.float().mean() < 0.35
-
-
-# Losses
-
-
-def test_distillation_is_the_textbook_formula() -> None:
-    student, teacher = torch.randn(2, 6, 10, dtype=torch.float64).float()
-    p, q = (teacher / 3).softmax(1).double(), (student / 3).softmax(1).double()
-    expected = 9 * (p * (p / q).log()).sum(1).mean()
-    assert distillation(student, teacher, temperature=3).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert distillation(teacher, teacher).item() == pytest.approx(0, abs=1e-7)
-
-
-def test_distillation_at_high_temperature_matches_logits() -> None:
-    # Hinton et al. section 2.1: for T large against zero-mean logits the loss tends to |z - v|^2 / (2 N).
-    student, teacher = torch.randn(2, 4, 10)
-    student, teacher = student - student.mean(1, keepdim=True), teacher - teacher.mean(1, keepdim=True)
-    expected = ((student - teacher) ** 2).sum(1).mean() / 20
-    assert distillation(student, teacher, temperature=200).item() == pytest.approx(expected.item(), rel=0.02)
-
-
-def test_distillation_averages_over_every_position() -> None:
-    student, teacher = torch.randn(2, 3, 5, 10)
-    rows = torch.stack([distillation(s, t) for s, t in zip(student, teacher, strict=True)])
-    assert distillation(student, teacher).item() == pytest.approx(rows.mean().item(), rel=1e-5)
-
-
-def test_standardised_distillation_ignores_scale_and_offset() -> None:
-    student, teacher = torch.randn(2, 6, 10)
-    plain = standardised_distillation(student, teacher)
-    assert plain > 0.1
-    assert standardised_distillation(5 * student - 2, teacher / 3 + 1).item() == pytest.approx(plain.item(), rel=1e-4)
-
-
-# Evaluation
-
-
-def test_evaluate_weighs_batches_by_their_size() -> None:
-    class Fixed(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.one_hot(x, 3).float()
-
-    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    wrong = torch.tensor([0, 1, 2, 0, 1, 2, 1])
-    assert evaluate(Fixed(), Batches(wrong, labels, size=6)) == pytest.approx(6 / 7, abs=1e-12)
-    assert accuracy(torch.eye(3), torch.tensor([0, 1, 0])).item() == pytest.approx(2 / 3, abs=1e-12)
-
-
-def test_evaluate_uses_eval_mode_and_puts_every_mode_back() -> None:
-    model = network().train()
-    model[1].eval()
-    modes = [m.training for m in model.modules()]
-    before = bits(model)
-    _, held_out = digits()
-    assert evaluate(model, held_out) == evaluate(model, held_out)
-    assert [m.training for m in model.modules()] == modes
-    assert_same_bits(before, bits(model))
-
-
-def test_evaluate_names_an_unknown_metric_and_a_metric_that_is_not_finite() -> None:
-    _, held_out = digits()
-    with pytest.raises(OptionError, match="metric: 'f1' is unknown, choose from accuracy"):
-        evaluate(network(), held_out, "f1")
-    with pytest.raises(MetapruneError, match="nan"):
-        evaluate(network(), held_out, lambda logits, labels: logits.mean() * math.nan)
-
-
-def test_predict_takes_tuples_dicts_and_mappings_with_logits() -> None:
-    class Add(nn.Module):
-        def forward(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-            return {"logits": a + 2 * b, "cache": a}
-
-    a, b = torch.randn(2, 3)
-    assert torch.equal(predict(Add(), (a, b)), a + 2 * b)
-    assert torch.equal(predict(Add(), {"b": b, "a": a}), a + 2 * b)
-    with pytest.raises(MetapruneError, match="LSTM returns no tensor of logits but tuple"):
-        predict(nn.LSTM(3, 4), torch.randn(2, 5, 3))
-
-
-def test_latency_is_the_median_on_one_thread() -> None:
-    threads = torch.get_num_threads()
-    seen, pauses = [], iter([0.0, 0.05, 0.002, 0.002, 0.002, 0.05, 0.002])
-
-    def run() -> None:
-        seen.append(torch.get_num_threads())
-        signal.sigtimedwait([], next(pauses))
-
-    assert 0.002 <= latency(run, repeats=5, warmup=2) < 0.04
-    assert seen == [1] * 7
-    assert torch.get_num_threads() == threads
-
-
-# Task
-
-
-class Stream(torch.utils.data.IterableDataset[Tensor]):
-    def __iter__(self) -> Iterator[Tensor]:
-        yield torch.zeros(1)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model": "resnet"}, "model: an nn.Module is needed, not str"),
-        ({"inputs": None}, "inputs: a tensor, tuple or dict is needed, not NoneType"),
-        ({"train": iter([1])}, "train: an iterator is empty after one pass"),
-        ({"train": 3}, "train: batches with a length are needed, not int"),
-        ({"val": []}, "val: no batches"),
-        ({"val": torch.utils.data.DataLoader(Stream())}, "val: the number of batches must be known"),
-        ({"loss": "hinge"}, "loss: 'hinge' is unknown, choose from cross_entropy"),
-        ({"loss": 3}, "loss: a name or a function is needed, not int"),
-        ({"metric": "f1"}, "metric: 'f1' is unknown, choose from accuracy"),
-    ],
-)
-def test_a_task_names_the_attribute_at_fault(change: dict[str, object], message: str) -> None:
-    train_half, held_out = digits()
-    good = {"model": network(), "inputs": held_out.images[:2], "train": train_half, "val": held_out}
-    assert Task(**good).score() == evaluate(good["model"], held_out)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match=message):
-        Task(**{**good, **change})  # type: ignore[arg-type]
-
-
-# Training
 
 
 def test_training_learns_digits() -> None:
