@@ -14,7 +14,8 @@ Ids = NDArray[np.int64]
 def components(size: int, left: Ids, right: Ids) -> Ids:
     """Connected components of an undirected graph given by its edges.
 
-    Hooking and pointer jumping over arrays (Shiloach and Vishkin, 1982): O((size + edges) log size), no object per atom.
+    Hooking and pointer jumping over arrays (Shiloach and Vishkin, 1982): O((size + edges) log size), no object per
+    atom.
 
     Args:
         size: Number of vertices.

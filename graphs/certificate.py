@@ -27,14 +27,11 @@ _DRAWS = 2
 class Certificate:
     """What was measured on one pruned network.
 
-    Attributes:
-        wiring: Largest relative difference to the original with silenced parameters, statistics of layer and group norms
-            taken over kept channels on both sides.
-        function: The same without that allowance: 0 where the cut is exact as it stands.
-        outputs: Number of output tensors compared.
-        inputs: Number of random inputs.
-        revived: Tensors too dead to prove anything (zeros, constants), replaced by random values on both sides.
-        change: Largest relative difference to the unpruned network; a cut that changes nothing proves nothing.
+    Attributes: wiring: Largest relative difference to the original with silenced parameters, statistics of layer and
+        group norms taken over kept channels on both sides. function: The same without that allowance: 0 where the cut
+        is exact as it stands. outputs: Number of output tensors compared. inputs: Number of random inputs. revived:
+        Tensors too dead to prove anything (zeros, constants), replaced by random values on both sides. change:
+        Largest relative difference to the unpruned network; a cut that changes nothing proves nothing.
     """
 
     wiring: float
@@ -52,7 +49,8 @@ class Certificate:
     def summary(self) -> str:
         """One line for people."""
         verdict = "certified" if self.ok else "NOT certified"
-        return f"{verdict}: wiring {self.wiring:.1e}, function {self.function:.1e}, {self.inputs} inputs, {self.outputs} outputs"
+        errors = f"wiring {self.wiring:.1e}, function {self.function:.1e}"
+        return f"{verdict}: {errors}, {self.inputs} inputs, {self.outputs} outputs"
 
 
 class Prover:
@@ -178,7 +176,7 @@ def _has_zero_slice(value: torch.Tensor) -> bool:
 
 
 def _distance(found: list[list[torch.Tensor]], expected: list[list[torch.Tensor]]) -> float:
-    """Largest difference relative to the largest value, over all outputs; infinite for other shapes or non-finite values."""
+    """Largest difference relative to the largest value; infinite for other shapes or values that are not finite."""
     worst = 0.0
     for values, references in zip(found, expected, strict=True):
         if len(values) != len(references):

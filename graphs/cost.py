@@ -1,8 +1,8 @@
 """Cost as polynomials in the group sizes: multiply-adds, parameters, activation bytes.
 
-The size of an axis is a sum of products of kept counts (a concatenation adds, heads times head dimensions multiply); an
-operator's multiply-adds are products of axis sizes. So cost is a polynomial of the degree the network asks for, evaluated for a
-whole population of plans at once. Nothing is ever added up per group.
+The size of an axis is a sum of products of kept counts (a concatenation adds, heads times head dimensions multiply);
+an operator's multiply-adds are products of axis sizes. So cost is a polynomial of the degree the network asks for,
+evaluated for a whole population of plans at once. Nothing is ever added up per group.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Costs:
     def cost(self, kept: Counts) -> Cost:
         """Cost for one vector of kept counts, shape [groups]."""
         row = kept[None]
-        return Cost(*(int(round(float(self.evaluate(what, row)[0]))) for what in ("macs", "params", "bytes")))
+        return Cost(*(round(float(self.evaluate(what, row)[0])) for what in ("macs", "params", "bytes")))
 
     def evaluate(self, what: str, kept: Counts) -> Counts:
         """`macs`, `params` or `bytes` for a population of kept counts, shape [plans, groups]; shape [plans]."""
@@ -174,7 +174,9 @@ class Costs:
 
     def _einsum(self, node: Node, bound: dict[str, Any]) -> Term:
         letters: dict[str, Size] = {}
-        for term, ref in zip(bound["equation"].replace(" ", "").split("->")[0].split(","), bound["tensors"], strict=True):
+        for term, ref in zip(
+            bound["equation"].replace(" ", "").split("->")[0].split(","), bound["tensors"], strict=True
+        ):
             sizes, count = self._operand(node, ref), term.replace("...", "")
             head = term.find("...") if "..." in term else len(term)
             dots = len(sizes) - len(count)
@@ -194,4 +196,6 @@ def _moves(op: str) -> bool:
     """Whether the operator only views its operand, so that no bytes are written."""
     from metaprune.graphs.functionalise import is_view
 
-    return op.startswith("operator.") or is_view(op) or op.split(".")[1] in ("reshape", "flatten", "contiguous", "dropout")
+    return (
+        op.startswith("operator.") or is_view(op) or op.split(".")[1] in ("reshape", "flatten", "contiguous", "dropout")
+    )

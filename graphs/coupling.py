@@ -21,7 +21,16 @@ from metaprune.graphs.rules import lookup
 from metaprune.graphs.rules.rule import Unmatched
 
 ROLES = (
-    "other", "ffn", "channels", "hidden", "residual", "conv_group", "head_dim", "heads", "query_group", "kv_group"
+    "other",
+    "ffn",
+    "channels",
+    "hidden",
+    "residual",
+    "conv_group",
+    "head_dim",
+    "heads",
+    "query_group",
+    "kv_group",
 )  # weakest first: a stronger role wins
 _NAMED = ROLES.index("conv_group")
 _UNUSED = "not used by the forward pass"
@@ -98,7 +107,9 @@ def couple(graph: Graph) -> Coupling:
     atoms = flow.atoms
     root = atoms.roots()
     strength = atoms.roles(root, ROLES)
-    for made in atoms.products:  # heads that are themselves a product: shared keys and values, and the queries that share them
+    for (
+        made
+    ) in atoms.products:  # heads that are themselves a product: shared keys and values, and the queries that share them
         if len(made.factors) == 2 and (strength[root[made.whole]] == ROLES.index("heads")).all():
             for factor, name in zip(made.factors, ("kv_group", "query_group"), strict=True):
                 strength[root[factor]] = ROLES.index(name)
@@ -115,7 +126,9 @@ def couple(graph: Graph) -> Coupling:
     first = np.full(atoms.count, -1, dtype=np.int64)
     first[single] = np.arange(len(single))
     columns = [first]
-    why: list[str | None] = [reasons.get(r) if r in reasons else (None if used[r] else _UNUSED) for r in single.tolist()]
+    why: list[str | None] = [
+        reasons.get(r) if r in reasons else (None if used[r] else _UNUSED) for r in single.tolist()
+    ]
     role = [strength[single]]
     total = len(single)
     for family in families:
@@ -168,7 +181,9 @@ def _visit(flow: Flow, node: Node) -> None:
     found = [axes] if isinstance(axes, tuple) else list(axes)
     for value, meta in zip(found, metas, strict=True):
         if isinstance(meta, Meta) and tuple(axis.size for axis in value) != meta.shape:
-            raise GraphError(f"the rule of {node.op} gives axes {[a.size for a in value]} for a value of shape {meta.shape}")
+            raise GraphError(
+                f"the rule of {node.op} gives axes {[a.size for a in value]} for a value of shape {meta.shape}"
+            )
     flow.axes[node.name] = axes
 
 

@@ -1,10 +1,11 @@
-"""Axes of operators without a rule, found by running them on dyed values; also the oracle that the rules are tested against.
+"""Axes of operators without a rule, found by running them on dyed values; the rules are tested against it too.
 
-Every position of an operand's axis gets a number. *Forward*, positions are set to NaN by the bits of their number: a result that is
-NaN in exactly one run of each pair depends on one position, and the bits spell which. *Partners*: where results mix all positions
-(a contraction), only positions with a given bit are left non-zero, and the gradient of the other operands shows which of their
-positions is multiplied with which. What is found is then checked: the operator on a random selection must equal the selection of
-the operator on values that vanish outside it. An axis that fails the check is pinned; nothing is taken on trust.
+Every position of an operand's axis gets a number. *Forward*, positions are set to NaN by the bits of their number: a
+result that is NaN in exactly one run of each pair depends on one position, and the bits spell which. *Partners*:
+where results mix all positions (a contraction), only positions with a given bit are left non-zero, and the gradient
+of the other operands shows which of their positions is multiplied with which. What is found is then checked: the
+operator on a random selection must equal the selection of the operator on values that vanish outside it. An axis that
+fails the check is pinned; nothing is taken on trust.
 """
 
 from __future__ import annotations
@@ -32,12 +33,11 @@ _LIMIT = 20_000_000
 class Description:
     """What an operator does to the axes of its operands.
 
-    Attributes:
-        links: Operand axis to result axis: for each position of result `k`'s axis, the operand's position (-1 for none).
-        products: Operand axis spread over several axes of result `k`: the operand's position at each place, row-major.
-        partners: Axes of two operands that are multiplied and summed: for each position of the second, that of the first.
-        mixed: Operand axes whose positions enter each other.
-        vanishing: Result axes whose positions vanish when the operand's do.
+    Attributes: links: Operand axis to result axis: for each position of result `k`'s axis, the operand's position (-1
+        for none). products: Operand axis spread over several axes of result `k`: the operand's position at each
+        place, row-major. partners: Axes of two operands that are multiplied and summed: for each position of the
+        second, that of the first. mixed: Operand axes whose positions enter each other. vanishing: Result axes whose
+        positions vanish when the operand's do.
     """
 
     links: dict[Slot, list[tuple[int, int, Field]]] = field(default_factory=dict)
@@ -87,7 +87,9 @@ def describe(call: Call, shapes: Mapping[str, tuple[int, ...]], slots: Sequence[
     return found
 
 
-def _follow(call: Call, base: dict[str, torch.Tensor], slot: Slot, found: Description, generator: torch.Generator) -> None:
+def _follow(
+    call: Call, base: dict[str, torch.Tensor], slot: Slot, found: Description, generator: torch.Generator
+) -> None:
     name, dim = slot
     x = base[name]
     labels = _along(torch.arange(1, x.shape[dim] + 1), x, dim)
@@ -99,7 +101,12 @@ def _follow(call: Call, base: dict[str, torch.Tensor], slot: Slot, found: Descri
             for value in (0, 1):
                 dyed = torch.where(((labels >> bit) & 1) == value, math.nan, x)
                 results = call({**base, name: dyed})
-                pair.append([torch.isnan(r) if r.is_floating_point() else torch.zeros(r.shape, dtype=torch.bool) for r in results])
+                pair.append(
+                    [
+                        torch.isnan(r) if r.is_floating_point() else torch.zeros(r.shape, dtype=torch.bool)
+                        for r in results
+                    ]
+                )
             hits.append(pair)
     mixed = False
     for k in range(len(hits[0][0])):
@@ -139,7 +146,7 @@ def _place(label: torch.Tensor, k: int, slot: Slot, found: Description) -> bool:
     if len(varying) == 1:
         found.links.setdefault(slot, []).append((k, varying[0], grid.numpy() - 1))
         return True
-    if bool((grid > 0).all()) and grid.unique().numel() == grid.numel():
+    if bool((grid > 0).all()) and len(np.unique(grid.numpy())) == grid.numel():
         found.products.setdefault(slot, []).append((k, tuple(varying), grid.flatten().numpy() - 1))
         return True
     return False
@@ -160,11 +167,15 @@ def _partners(
             with torch.enable_grad():
                 try:
                     results = [r for r in call(operands) if r.is_floating_point() and r.requires_grad]
-                    total = sum((r * (torch.rand(r.shape, generator=generator) + 0.5)).sum() for r in results)
-                    grads = torch.autograd.grad(total, [operands[o] for o in others], allow_unused=True) if results else []
+                    total = torch.stack(
+                        [(r * (torch.rand(r.shape, generator=generator) + 0.5)).sum() for r in results]
+                    ).sum()
+                    grads = (
+                        torch.autograd.grad(total, [operands[o] for o in others], allow_unused=True) if results else []
+                    )
                 except (RuntimeError, NotImplementedError):
                     return []
-            for other, grad in zip(others, grads, strict=bool(results)):
+            for other, grad in zip(others, grads, strict=True):
                 pairs[other].append(torch.zeros(base[other].shape, dtype=torch.bool) if grad is None else grad != 0)
         for other in others:
             hits[other].append(pairs[other])
@@ -180,11 +191,18 @@ def _partners(
     return found
 
 
+def _weighed(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A sum of all elements with random positive weights."""
+    return (value * (torch.rand(value.shape, generator=generator) + 0.5)).sum()
+
+
 def _along(vector: torch.Tensor, like: torch.Tensor, dim: int) -> torch.Tensor:
     return vector.reshape([-1 if d == dim else 1 for d in range(like.ndim)])
 
 
-def check(call: Call, shapes: Mapping[str, tuple[int, ...]], slots: Mapping[Slot, bool], found: Description, seed: int = 1) -> set[Slot]:
+def check(
+    call: Call, shapes: Mapping[str, tuple[int, ...]], slots: Mapping[Slot, bool], found: Description, seed: int = 1
+) -> set[Slot]:
     """Operand axes for which selecting before and after the operator differ, and marks result axes that vanish.
 
     Args:
@@ -246,7 +264,10 @@ def _spread(
 
 
 def _agrees(
-    expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor], results: Mapping[tuple[int, int], torch.Tensor], found: Description
+    expected: Sequence[torch.Tensor],
+    got: Sequence[torch.Tensor],
+    results: Mapping[tuple[int, int], torch.Tensor],
+    found: Description,
 ) -> bool:
     for k, (whole, part) in enumerate(zip(expected, got, strict=True)):
         kept = whole
@@ -256,7 +277,9 @@ def _agrees(
                 if gone.numel() and bool((gone == 0).all()):
                     found.vanishing.add((k, dim))
                 kept = kept.index_select(dim, mask.nonzero().flatten())
-        if kept.shape != part.shape or not torch.allclose(kept, part, rtol=1e-4, atol=1e-5 * float(whole.abs().max().clamp_min(1e-9))):
+        if kept.shape != part.shape or not torch.allclose(
+            kept, part, rtol=1e-4, atol=1e-5 * float(whole.abs().max().clamp_min(1e-9))
+        ):
             return False
     return True
 
@@ -265,8 +288,9 @@ def _agrees(
 
 
 def infer(flow: Flow, node: Node) -> Any:
-    """Axes of the results of a node without a rule; axes it can not explain are pinned, or filled up where that is exact."""
-    metas = [node.meta] if isinstance(node.meta, Meta) else [m for m in node.meta if isinstance(m, Meta)]  # type: ignore[union-attr]
+    """Axes of a node without a rule; what can not be explained is pinned, or filled up where that is exact."""
+    results = node.meta if isinstance(node.meta, tuple) else (node.meta,)
+    metas = [meta for meta in results if isinstance(meta, Meta)]
     names = [n for n in dict.fromkeys(node.refs()) if flow.is_tensor(Ref(n))]
     tracked = {(n, d): axis for n in names for d, axis in enumerate(flow.of(Ref(n))) if axis.ids is not None}
     for axis in tracked.values():
@@ -278,7 +302,9 @@ def infer(flow: Flow, node: Node) -> Any:
     return axes[0] if isinstance(node.meta, Meta) else axes
 
 
-def _explain(flow: Flow, node: Node, names: list[str], tracked: dict[Slot, Axis], metas: list[Meta], out: list[list[Axis]]) -> None:
+def _explain(
+    flow: Flow, node: Node, names: list[str], tracked: dict[Slot, Axis], metas: list[Meta], out: list[list[Axis]]
+) -> None:
     why = f"read by {node.op}, which has no rule"
     floating = [n for n in names if flow.meta(Ref(n)).is_float]
     shapes = {n: flow.meta(Ref(n)).shape for n in floating}
@@ -287,11 +313,20 @@ def _explain(flow: Flow, node: Node, names: list[str], tracked: dict[Slot, Axis]
         if slot not in slots:
             flow.pin(axis, why)
     values = flow.example_values()
-    if values is None or sum(math.prod(s) for s in shapes.values()) > _LIMIT or not all(meta.is_float for meta in metas):
+    if (
+        values is None
+        or sum(math.prod(s) for s in shapes.values()) > _LIMIT
+        or not all(meta.is_float for meta in metas)
+    ):
         for axis in tracked.values():
             flow.pin(axis, why)
         return
-    key = (node.op, tuple(shapes.values()), tuple(slots.items()), repr((node.args, dict(node.kwargs))) if not floating else _static(node, flow))
+    key = (
+        node.op,
+        tuple(shapes.values()),
+        tuple(slots.items()),
+        repr((node.args, dict(node.kwargs))) if not floating else _static(node, flow),
+    )
     if key not in flow.described:
         call = Call(node, values, floating)
         try:
@@ -312,7 +347,13 @@ def _static(node: Node, flow: Flow) -> str:
 
 
 def _adopt(
-    flow: Flow, node: Node, found: Description, failed: set[Slot], rename: dict[str, str], tracked: dict[Slot, Axis], out: list[list[Axis]]
+    flow: Flow,
+    node: Node,
+    found: Description,
+    failed: set[Slot],
+    rename: dict[str, str],
+    tracked: dict[Slot, Axis],
+    out: list[list[Axis]],
 ) -> None:
     done: set[frozenset[Slot]] = set()
     names = {new: old for old, new in rename.items()}
@@ -345,4 +386,8 @@ def _adopt(
             if pair in done or (at < 0).any():
                 continue
             done.add(pair)
-            flow.contract(node, [(Ref(place[0]), place[1], flow.of(Ref(place[0]))[place[1]]), (Ref(slot[0]), slot[1], axis.take(at))], node.base)
+            flow.contract(
+                node,
+                [(Ref(place[0]), place[1], flow.of(Ref(place[0]))[place[1]]), (Ref(slot[0]), slot[1], axis.take(at))],
+                node.base,
+            )

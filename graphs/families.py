@@ -1,9 +1,10 @@
 """Products of axes solved into independent families of units.
 
-A reshape that splits an axis into two says: an element stays when its row and its column stay. The solution of all such
-constraints together is a set of *families*. A family labels positions; in every constraint its labels lie along one factor only
-(or nowhere), so removing a label removes whole rows or whole columns, and every reshape stays rectangular. Heads and head
-dimensions, key-value groups and the queries in them, convolution groups and the channels in them are families found this way.
+A reshape that splits an axis into two says: an element stays when its row and its column stay. The solution of all
+such constraints together is a set of *families*. A family labels positions; in every constraint its labels lie along
+one factor only (or nowhere), so removing a label removes whole rows or whole columns, and every reshape stays
+rectangular. Heads and head dimensions, key-value groups and the queries in them, convolution groups and the channels
+in them are families found this way.
 """
 
 from __future__ import annotations
@@ -174,11 +175,9 @@ class _System:
 def solve(products: list[Product], root: Ids, computed: NDArray[np.bool_]) -> tuple[list[Family], Ids]:
     """Families that satisfy every product constraint.
 
-    Args:
-        products: The constraints.
-        root: Class of each atom, shape [atoms].
-        computed: For each class, whether some operator computes along it, rather than only moving it. Factors that are only
-            moved (a channel shuffle) become a family only where nothing else describes the merged axis.
+    Args: products: The constraints. root: Class of each atom, shape [atoms]. computed: For each class, whether some
+        operator computes along it, rather than only moving it. Factors that are only moved (a channel shuffle) become
+        a family only where nothing else describes the merged axis.
 
     Returns:
         The families, and all classes that some constraint mentions (those in no family stay).

@@ -1,4 +1,4 @@
-"""One pass over a graph that gives every axis of every value its atoms; the vocabulary in which operator rules are written."""
+"""One pass that gives every axis of every value its atoms; the vocabulary in which operator rules are written."""
 
 from __future__ import annotations
 
@@ -211,7 +211,8 @@ class Flow:
             return axes[0]
         first = tracked[0]
         for other in tracked[1:]:
-            assert first.ids is not None and other.ids is not None
+            assert first.ids is not None
+            assert other.ids is not None
             self.atoms.tie(first.ids, other.ids)
         return first
 
@@ -285,7 +286,7 @@ class Flow:
     # ---- what operators do with an axis they do not simply pass on
 
     def contract(self, node: Node, operands: Sequence[tuple[Ref, int, Axis]], op: str) -> None:
-        """The operator sums products over this axis: at every position one of the operands must vanish with its unit."""
+        """The operator sums products over this axis: everywhere one of the operands must vanish with its unit."""
         axis = self.tie([axis for *_, axis in operands], op)
         if axis.ids is None:
             return
@@ -304,8 +305,9 @@ class Flow:
             self.sites.setdefault(node.name, []).append(Site(ref.name, dim, statistics=True))
 
     def fill(self, node: Node, ref: Ref, dim: int, op: str) -> bool:
-        """The operator mixes positions of this axis: it runs on the axis filled up with zeros, which is exact when
-        silenced positions are zero; otherwise the axis is pinned. Returns whether the axis may still shrink.
+        """The operator mixes positions of this axis: it runs on the axis filled up with zeros.
+
+        That is exact when silenced positions are zero; otherwise the axis is pinned. Returns whether it may shrink.
         """
         axis = self.of(ref)[dim]
         if axis.ids is None:
@@ -332,10 +334,8 @@ def evaluate(node: Node, values: dict[str, Any]) -> Any:
     def plain(value: Any) -> Any:
         if isinstance(value, Training):
             return False
-        return list(plain(v) for v in value) if isinstance(value, tuple) else value
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
 
     function: Callable[..., Any] = operators.resolve(node.op)
     args = [plain(substitute(a, find)) for a in node.args]
     return function(*args, **{k: plain(substitute(v, find)) for k, v in node.kwargs.items()})
-
-

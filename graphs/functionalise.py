@@ -1,8 +1,8 @@
 """In-place operators turned into functional ones while a traced program is read.
 
-A value that is a view knows its base. Writing to it makes a new value and scatters it back into the base; other views of the
-same base are taken anew when they are next read. So `y = x[:, 4:8]; y.mul_(2)` becomes a slice, a multiplication and a
-`slice_scatter`, without any decomposition pass.
+A value that is a view knows its base. Writing to it makes a new value and scatters it back into the base; other views
+of the same base are taken anew when they are next read. So `y = x[:, 4:8]; y.mul_(2)` becomes a slice, a
+multiplication and a `slice_scatter`, without any decomposition pass.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def is_write(op: str) -> bool:
     return info is not None and info.is_write
 
 
-def functional(op: str, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Meta) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+def functional(
+    op: str, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Meta
+) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     """The functional call whose result is what an in-place call leaves in its first argument."""
     space, base, overload = op.split(".")
     if base == "copy_":
@@ -123,5 +125,3 @@ def functional(op: str, args: tuple[Any, ...], kwargs: dict[str, Any], meta: Met
             continue
         return name, args, kwargs
     raise TraceError(f"in-place operator {op} has no functional form")
-
-

@@ -94,7 +94,9 @@ def _layer_norm(bound: dict[str, Any], gate: torch.Tensor) -> torch.Tensor:
     variance = ((x - mean).square() * weight).sum(-1, keepdim=True)
     y = (x - mean) * (variance + bound["eps"]).rsqrt()
     y = y * bound["weight"] if bound.get("weight") is not None else y
-    return y + bound["bias"] if bound.get("bias") is not None else y
+    bias: torch.Tensor | None = bound.get("bias")
+    result: torch.Tensor = y if bias is None else y + bias
+    return result
 
 
 def _group_norm(bound: dict[str, Any], gate: torch.Tensor) -> torch.Tensor:
@@ -109,4 +111,6 @@ def _group_norm(bound: dict[str, Any], gate: torch.Tensor) -> torch.Tensor:
     y = ((y - mean) * (variance + bound["eps"]).rsqrt()).reshape(x.shape)
     shape = [1, -1] + [1] * (x.ndim - 2)
     y = y * bound["weight"].reshape(shape) if bound.get("weight") is not None else y
-    return y + bound["bias"].reshape(shape) if bound.get("bias") is not None else y
+    bias: torch.Tensor | None = bound.get("bias")
+    result: torch.Tensor = y if bias is None else y + bias.reshape(shape)
+    return result

@@ -1,7 +1,8 @@
 """The intermediate representation: a functional ATen graph in plain data.
 
-A `Graph` is an ordered list of `Node`s. A node is a graph input, a tensor of the network (parameter, buffer or constant) or
-the call of an operator; its arguments refer to earlier nodes by `Ref`. Shapes are those of the traced example.
+A `Graph` is an ordered list of `Node`s. A node is a graph input, a tensor of the network (parameter, buffer or
+constant) or the call of an operator; its arguments refer to earlier nodes by `Ref`. Shapes are those of the traced
+example.
 """
 
 from __future__ import annotations

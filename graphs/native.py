@@ -1,4 +1,4 @@
-"""The native form: a copy of the user's own module with tensors and attributes edited. It counts only once it is verified."""
+"""The native form: a copy of the user's own module, tensors and attributes edited. It counts once it is verified."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ _SHAPES: tuple[tuple[type[nn.Module], tuple[tuple[str, str, int], ...]], ...] = 
     (nn.modules.batchnorm._NormBase, (("num_features", "weight", 0), ("num_features", "running_mean", 0))),
     (nn.GroupNorm, (("num_channels", "weight", 0),)),
     (nn.PReLU, (("num_parameters", "weight", 0),)),
-    (nn.Bilinear, (("out_features", "weight", 0), ("in1_features", "weight", 1), ("in2_features", "weight", 2))),
+    (
+        nn.Bilinear,
+        (("out_features", "weight", 0), ("in1_features", "weight", 1), ("in2_features", "weight", 2)),
+    ),
     (nn.RNNBase, (("hidden_size", "weight_hh_l0", 1), ("input_size", "weight_ih_l0", 1))),
     (nn.MultiheadAttention, (("embed_dim", "out_proj.weight", 0),)),
-)  # attribute, tensor, dimension: what torch's own layers say about their tensors' shapes
+)  # attribute, tensor, dimension: what torch's own layers say of their tensors
 
 
 def candidates(graph: Graph, incision: Incision) -> Iterator[nn.Module]:
-    """Native modules to be verified, likeliest first. An attribute that could mean two sizes gives several candidates."""
+    """Native modules to be verified; an attribute that could mean two sizes gives several."""
     source = graph.source
     if source is None:
         return
@@ -50,7 +53,9 @@ def _copy(source: nn.Module, graph: Graph, incision: Incision) -> nn.Module:
     for name, tensor in tensors.items():
         if name in incision.kept and id(tensor) not in memo:
             cut = incision.graph.values[name]
-            memo[id(tensor)] = nn.Parameter(cut, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
+            memo[id(tensor)] = (
+                nn.Parameter(cut, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
+            )
     return copy.deepcopy(source, memo)
 
 
@@ -78,7 +83,12 @@ def _attributes(source: nn.Module, incision: Incision) -> tuple[list[Edit], dict
             base += _convolution(path, module, incision.kept)
         own = literals.get(path, {})
         for name, value in list(vars(module).items()):
-            if name.startswith("_") or name in known or name == "training" or isinstance(module, nn.modules.conv._ConvNd):
+            if (
+                name.startswith("_")
+                or name in known
+                or name == "training"
+                or isinstance(module, nn.modules.conv._ConvNd)
+            ):
                 continue
             new = _replaced(value, own)
             if len(new) == 1:

@@ -1,4 +1,4 @@
-"""Plans: what stays, as plain data. Every method ends in one, and `surgery.cut` is the only thing that carries one out."""
+"""Plans: what stays, as plain data. Every method ends in one; only `surgery.cut` carries one out."""
 
 from __future__ import annotations
 

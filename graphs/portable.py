@@ -1,4 +1,4 @@
-"""The portable form: a graph as an `nn.Module` with the original parameter names, call signature and output structure."""
+"""The portable form: a graph as an `nn.Module` with the original names, call signature and output structure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from metaprune.graphs.ir import Graph, Training
 class PortableModule(nn.Module):
     """Runs a graph with tensors of its own.
 
-    It trains, switches between `train()` and `eval()` (batch norms and dropout follow), deep-copies, and can be exported again.
+    It trains, switches between `train()` and `eval()` (batch norms and dropout follow), deep-copies, and can be
+    exported again.
     """
 
     def __init__(self, graph: Graph) -> None:

@@ -1,7 +1,8 @@
 """Runs a user's own module in float64, one operator at a time, with parameter slices of removed units silenced.
 
-This is the certificate's reference. It does not execute the graph: the module's own Python code runs, and a dispatch mode replaces
-every parameter by a masked float64 copy in the moment an operator reads it, so memory is that of one operator.
+This is the certificate's reference. It does not execute the graph: the module's own Python code runs, and a dispatch
+mode replaces every parameter by a masked float64 copy in the moment an operator reads it, so memory is that of one
+operator.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _LOW = (torch.float16, torch.bfloat16, torch.float32)
 class Exact(TorchFunctionMode):
     """Everything in float64; the network's tensors go through `weights` when read.
 
-    Functions see lifted operands (so that composite operators agree on dtypes), and a dispatch mode inside keeps operators from
-    falling back to lower precision.
+    Functions see lifted operands (so that composite operators agree on dtypes), and a dispatch mode inside keeps
+    operators from falling back to lower precision.
 
     Args:
         names: Name of each of the network's tensors, by identity.
@@ -34,7 +35,9 @@ class Exact(TorchFunctionMode):
         channels: For layer and group norms: kept channels of the norm that owns a weight, by the weight's name.
     """
 
-    def __init__(self, names: Mapping[int, str], weights: Weights, channels: Mapping[str, torch.Tensor] | None = None) -> None:
+    def __init__(
+        self, names: Mapping[int, str], weights: Weights, channels: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         super().__init__()
         self._names = names
         self._weights = weights
@@ -74,11 +77,11 @@ class Exact(TorchFunctionMode):
         return self._lifted.get(id(tensor)) or self._names.get(id(tensor))
 
 
-class _Double(TorchDispatchMode):
+class _Double(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operators in float64, whatever dtypes the code asks for."""
 
     def __init__(self, outer: Exact, channels: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._outer = outer
         self._channels = channels
 
@@ -104,8 +107,10 @@ class _Double(TorchDispatchMode):
         return owner if owner in self._channels else None
 
 
-def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
-    """Matrix products of consecutive row blocks of `a` (ending at `offs`) with the matrices in `b`; no float64 kernel exists."""
+def _grouped_mm(
+    a: torch.Tensor, b: torch.Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None
+) -> torch.Tensor:
+    """Products of consecutive row blocks of `a` (ending at `offs`) with the matrices in `b`."""
     if offs is None or a.ndim != 2 or b.ndim != 3 or bias is not None:
         raise CertificateError("_grouped_mm in this form can not be run in float64")
     out = a.new_zeros(a.shape[0], b.shape[-1])
@@ -126,7 +131,7 @@ def _to_double(value: Any) -> Any:
 def _norm_over_kept(func: Any, args: Any, kept: torch.Tensor) -> Any:
     """A layer or group norm whose statistics leave out removed channels; the others come out as weight * 0 + bias."""
     if func._schema.name.endswith("layer_norm"):
-        x, shape, weight, bias, eps = args[:5]
+        x, _, weight, bias, eps = args[:5]
         part = torch.ops.aten.native_layer_norm(x[..., kept], [len(kept)], weight[kept], _at(bias, kept), eps)[0]
         y = torch.zeros_like(x)
         y[..., kept] = part

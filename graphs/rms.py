@@ -1,7 +1,8 @@
 """Root-mean-square norms, fused or spelled out, that a rescaled weight and epsilon hold exact after a cut.
 
-y = gamma * x / sqrt(S / N + eps) with S the sum of squares over N channels. When only N' channels stay and the others are zero, S is
-the same, so gamma * sqrt(N / N') and eps * N / N' give the same y (DESIGN: implied scales are written out).
+y = gamma * x / sqrt(S / N + eps) with S the sum of squares over N channels. When only N' channels stay and the others
+are zero, S is the same, so gamma * sqrt(N / N') and eps * N / N' give the same y (DESIGN: implied scales are written
+out).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Saved networks: graph and plan as JSON, tensors as safetensors, a manifest with hashes written last. No pickle anywhere."""
+"""Saved networks: graph and plan as JSON, tensors as safetensors, a manifest of hashes written last. No pickle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from metaprune.graphs.structure import Record, Ref, Sequence
 SCHEMA = 1
 _FILES = ("graph.json", "plan.json", "model.safetensors", "inputs.safetensors")
 _NAME = re.compile(r"[A-Za-z0-9_.\-/]{1,512}")
-_CLASS = re.compile(r"(builtins:(dict|list|tuple)|collections:OrderedDict|(transformers|torch|torchvision)(\.\w+)*:[\w.]+)")
+_CLASS = re.compile(
+    r"(builtins:(dict|list|tuple)|collections:OrderedDict|(transformers|torch|torchvision)(\.\w+)*:[\w.]+)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,16 @@ def load(directory: Path) -> Saved:
         raise LoadError(f"{directory}: {error}") from None
     except OSError as error:
         raise LoadError(f"{directory}: {error.strerror or error} ({error.filename})") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, SafetensorError, ImportError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+        SafetensorError,
+        ImportError,
+    ) as error:
         raise LoadError(f"{directory}: damaged: {type(error).__name__}: {str(error)[:200]}") from None
     positional, named = graph.signature.spec
     find: Any = lambda ref: example[ref.name]  # noqa: E731
@@ -107,7 +118,9 @@ def export_onnx(path: Path, graph: Graph, module: nn.Module) -> None:
             module.eval(), args, kwargs=kwargs, dynamo=True, optimize=False, dynamic_shapes=shapes, verbose=False
         )
     except Exception as error:
-        raise MetapruneError(f"ONNX export failed: {type(error).__name__}: {str(error).splitlines()[0][:300]}") from error
+        raise MetapruneError(
+            f"ONNX export failed: {type(error).__name__}: {str(error).splitlines()[0][:300]}"
+        ) from error
     finally:
         module.train(training)
     assert program is not None
@@ -189,7 +202,9 @@ def _decode_graph(body: dict[str, Any], values: dict[str, torch.Tensor], example
         _decode(given["output"]),
         tuple(str(d) for d in given["dropped"]),
     )
-    graph = Graph(nodes, tensors, signature, everything, None, example, float(body["batch"]), [str(n) for n in body["notes"]])
+    graph = Graph(
+        nodes, tensors, signature, everything, None, example, float(body["batch"]), [str(n) for n in body["notes"]]
+    )
     verify(graph)
     return graph
 
@@ -201,7 +216,11 @@ def _encode(value: Any) -> Any:
         return {"training": True}
     if isinstance(value, (Record, Sequence)):
         kind = "record" if isinstance(value, Record) else "sequence"
-        items = [[k, _encode(v)] for k, v in value.items.items()] if isinstance(value, Record) else [_encode(v) for v in value.items]
+        items = (
+            [[k, _encode(v)] for k, v in value.items.items()]
+            if isinstance(value, Record)
+            else [_encode(v) for v in value.items]
+        )
         return {kind: value.cls, "items": items}
     if isinstance(value, torch.dtype):
         return {"dtype": _dtype_name(value)}

@@ -43,7 +43,9 @@ def _path(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def take_apart(value: Any, leaf: Callable[[torch.Tensor], Any], other: Callable[[str, Any], Any], path: str = "") -> Any:
+def take_apart(
+    value: Any, leaf: Callable[[torch.Tensor], Any], other: Callable[[str, Any], Any], path: str = ""
+) -> Any:
     """Structure of a nested value.
 
     Args:
@@ -59,7 +61,9 @@ def take_apart(value: Any, leaf: Callable[[torch.Tensor], Any], other: Callable[
     if isinstance(value, Mapping):
         return Record(_path(type(value)), {k: take_apart(v, leaf, other, f"{path}.{k}") for k, v in value.items()})
     if isinstance(value, (list, tuple)):
-        return Sequence(_path(type(value)), tuple(take_apart(v, leaf, other, f"{path}[{i}]") for i, v in enumerate(value)))
+        return Sequence(
+            _path(type(value)), tuple(take_apart(v, leaf, other, f"{path}[{i}]") for i, v in enumerate(value))
+        )
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return Record(_path(type(value)), {k: take_apart(v, leaf, other, f"{path}.{k}") for k, v in fields.items()})
@@ -99,7 +103,9 @@ def _class(path: str) -> Any:
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
-    if not isinstance(found, type) or not (issubclass(found, (Mapping, list, tuple)) or dataclasses.is_dataclass(found)):
+    if not isinstance(found, type) or not (
+        issubclass(found, (Mapping, list, tuple)) or dataclasses.is_dataclass(found)
+    ):
         raise LoadError(f"{path} is not an output class")
     return found
 

@@ -201,7 +201,14 @@ class Cut:
             for alias in info.aliases:
                 values[alias] = self._values.get(info.name, values[info.name])
         result = Graph(
-            nodes, self._tensors, signature, values, None, dict(self.graph.example), self.graph.batch, list(self.graph.notes)
+            nodes,
+            self._tensors,
+            signature,
+            values,
+            None,
+            dict(self.graph.example),
+            self.graph.batch,
+            list(self.graph.notes),
         )
         verify(result)
         return Incision(result, self._kept, self._scales, tuple(dict.fromkeys(self._literals)))
@@ -271,7 +278,7 @@ class Cut:
 
     def _filled(self, ref: Ref, dims: list[int], node: Node) -> Ref:
         """The operand with zeros where positions were cut: a padded zero, then an index that points there."""
-        value = self._use(ref)
+        value: Ref = self._use(ref)
         rank = len(self.shape(ref))
         for d in dims:
             mask = self.mask(ref, d)
@@ -310,8 +317,16 @@ class Cut:
             before = old.get(name)
             if before == value:
                 continue
-            pairs = zip(before, value, strict=True) if isinstance(value, tuple) and isinstance(before, tuple) else [(before, value)]
-            self._literals += [(node.module, a, b) for a, b in pairs if isinstance(a, (int, float)) and a != b and not isinstance(b, Ref)]
+            pairs = (
+                zip(before, value, strict=True)
+                if isinstance(value, tuple) and isinstance(before, tuple)
+                else [(before, value)]
+            )
+            self._literals += [
+                (node.module, a, b)
+                for a, b in pairs
+                if isinstance(a, (int, float)) and a != b and not isinstance(b, Ref)
+            ]
 
     def _name(self, node: Node, result: Ref, first: int) -> None:
         """Gives the final value the old node's name where that is free."""
@@ -339,7 +354,7 @@ class Cut:
             return node.meta
         values = self.graph.coupling.values(node)
         metas = [node.meta] if isinstance(node.meta, Meta) else list(node.meta)
-        new = []
+        new: list[Any] = []
         for axes, meta in zip(values, metas, strict=True):
             if not isinstance(meta, Meta):
                 new.append(meta)

@@ -41,7 +41,9 @@ def trace(model: Any, inputs: Any = None, dynamic: Mapping[int | str, Sequence[i
     if isinstance(model, ExportedProgram):
         return _from_program(model)
     if not isinstance(model, nn.Module):
-        raise TraceError(f"a network must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}")
+        raise TraceError(
+            f"a network must be an nn.Module, fx.GraphModule or ExportedProgram, not {type(model).__name__}"
+        )
     if inputs is None:
         raise TraceError("inputs: an example input is needed to trace a network")
     args, kwargs = _call(inputs)
@@ -92,7 +94,9 @@ def _from_program(program: ExportedProgram) -> Graph:
     reader.read()
     flat, _ = torch.utils._pytree.tree_flatten((args, kwargs))
     names = iter(reader.inputs)
-    spec = torch.utils._pytree.tree_map(lambda v: Ref(next(names)) if isinstance(v, torch.Tensor) else v, (args, kwargs))
+    spec = torch.utils._pytree.tree_map(
+        lambda v: Ref(next(names)) if isinstance(v, torch.Tensor) else v, (args, kwargs)
+    )
     output = torch.utils._pytree.tree_unflatten(reader.outputs, program.call_spec.out_spec)
     output = structure.take_apart(output, lambda t: t, lambda _, v: v)
     signature = Signature(tuple(kwargs), (tuple(spec[0]), spec[1]), output)
@@ -230,7 +234,9 @@ class _Reader:
 
     def _table(self) -> dict[str, str]:
         """Fills the tensor table; returns the table's name of every name, aliases merged by storage."""
-        buffers = {s.target: s.persistent for s in self._program.graph_signature.input_specs if s.kind is InputKind.BUFFER}
+        buffers = {
+            s.target: s.persistent for s in self._program.graph_signature.input_specs if s.kind is InputKind.BUFFER
+        }
         owner: dict[str, str] = {}
         by_storage: dict[Any, str] = {}
         for name, tensor in self.values.items():
@@ -259,7 +265,9 @@ class _Reader:
             elif node.op == "output":
                 kinds = [spec.kind for spec in signature.output_specs]
                 self.outputs = [
-                    self._use(arg) for arg, kind in zip(node.args[0], kinds, strict=True) if kind is OutputKind.USER_OUTPUT
+                    self._use(arg)
+                    for arg, kind in zip(node.args[0], kinds, strict=True)
+                    if kind is OutputKind.USER_OUTPUT
                 ]
             else:
                 self._node(node, self._program.graph_module)
@@ -292,7 +300,9 @@ class _Reader:
             constant = self._program.constants[spec.target]
             self.values[name] = constant
             self._owner[name] = name
-            self.infos[name] = TensorInfo(name, "constant", tuple(constant.shape), constant.dtype, (name,), persistent=True)
+            self.infos[name] = TensorInfo(
+                name, "constant", tuple(constant.shape), constant.dtype, (name,), persistent=True
+            )
         owner = self._owner[name]
         if owner not in self._placeholders:
             unique = self._unique("t_" + owner.replace(".", "_"))
@@ -331,16 +341,17 @@ class _Reader:
             self._region(node, base, owner)
             return
         op = operators.name_of(target)
-        if op == "operator.getitem" and isinstance(self._handles[node.args[0]], list):
-            self._handles[node] = self._handles[node.args[0]][node.args[1]]
+        first: Any = node.args[0] if node.args else None
+        if op == "operator.getitem" and isinstance(self._handles[first], list):
+            self._handles[node] = self._handles[first][node.args[1]]
             return
-        self._call(node, op)
+        self._call(node, op, first)
 
-    def _call(self, node: fx.Node, op: str) -> None:
+    def _call(self, node: fx.Node, op: str, first: Any) -> None:
         args, kwargs = self._use(node.args), {k: self._use(v) for k, v in node.kwargs.items()}
         meta = _meta(node.meta.get("val"))
         if is_write(op) and isinstance(meta, Meta):
-            target = self._handles[node.args[0]]
+            target = self._handles[first]
             name, args, kwargs = functional(op, args, kwargs, meta)
             self._functional.write(target, self._emit(name, args, kwargs, meta))
             self._handles[node] = target
@@ -348,17 +359,38 @@ class _Reader:
         op, args, kwargs = _mode(op, args, kwargs)
         ref = self._emit(op, args, kwargs, meta)
         handle = Handle(ref, meta)
-        base = self._handles.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
-        if isinstance(base, Handle) and is_view(op):
+        base = self._handles.get(first) if isinstance(first, fx.Node) else None
+        if isinstance(base, Handle) and op == "operator.getitem":
+            self._piece(handle, first, args[1])
+        elif isinstance(base, Handle) and is_view(op):
             self._functional.record(handle, self.nodes[ref.name], base)
         self._handles[node] = handle
+
+    def _piece(self, handle: Handle, source: fx.Node, number: int) -> None:
+        """One of the views that a split or unbind gives: the same view as a slice or selection of the base."""
+        base = self._handles.get(source.args[0]) if source.args and isinstance(source.args[0], fx.Node) else None
+        if not isinstance(base, Handle) or not isinstance(source.target, torch._ops.OpOverload):
+            return
+        op = operators.name_of(source.target)
+        bound = operators.bind(op, self._use(source.args), {k: self._use(v) for k, v in source.kwargs.items()})
+        dim, pieces = bound.get("dim", 0), source.meta["val"]
+        if op.split(".")[1] == "unbind":
+            view = Node("", "aten.select.int", (base.ref, dim, number), {}, handle.meta)
+        elif "split" in op or "chunk" in op:
+            start = sum(_size(piece.shape[dim]) for piece in pieces[:number])
+            view = Node(
+                "", "aten.slice.Tensor", (base.ref, dim, start, start + handle.meta.shape[dim]), {}, handle.meta
+            )
+        else:
+            return
+        self._functional.record(handle, view, base)
 
     def _region(self, node: fx.Node, base: str, owner: nn.Module) -> None:
         """A region run under another mode, read in place."""
         if base not in _REGIONS:
             raise TraceError(f"higher-order operator {base} (in {self._module or 'the network'}) is not supported")
         at = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
-        module = self._handles[node.args[at]]
+        module = self._handles[node.args[at]]  # type: ignore[index]
         inner = [self._handles[arg] if isinstance(arg, fx.Node) else arg for arg in node.args[at + 1 :]]
         feed = iter(inner)
         for child in module.graph.nodes:

@@ -154,14 +154,16 @@ def prune(
 ) -> Pruned:
     """Traces, plans and applies in one call; see those. A `Graph` is accepted for `model`.
 
-    Should a cut fail its certificate, the groups at fault are found by bisection, kept whole with a note, and the plan is made
-    again.
+    Should a cut fail its certificate, the groups at fault are found by bisection, kept whole with a note, and the
+    plan is made again.
     """
     graph = model if isinstance(model, Graph) else trace(model, inputs)
     protected = [protect] if isinstance(protect, str) else list(protect)
     blamed: list[str] = []
     while True:
-        made = plan(graph, budget, criterion, allocator, data, round_to, [*protected, *map(_literal, blamed)], only, kinds, seed)
+        made = plan(
+            graph, budget, criterion, allocator, data, round_to, [*protected, *map(_literal, blamed)], only, kinds, seed
+        )
         try:
             pruned = apply(graph, made, certify)
         except CertificateError:
@@ -177,10 +179,8 @@ def prune(
 def load(directory: str | Path, into: nn.Module | None = None) -> nn.Module:
     """Reads a saved network.
 
-    Args:
-        directory: What `Pruned.save` wrote.
-        into: A fresh, unpruned module of the original class: the cut is replayed on a copy of it and the saved weights are
-            put in. Without it the portable form is returned.
+    Args: directory: What `Pruned.save` wrote. into: A fresh, unpruned module of the original class: the cut is
+        replayed on a copy of it and the saved weights are put in. Without it the portable form is returned.
 
     Raises:
         LoadError: The folder is truncated, inconsistent or hostile.
@@ -257,7 +257,9 @@ def _same(module: nn.Module, graph: Graph, expected: list[torch.Tensor]) -> bool
     try:
         with evaluated(module):
             args = [put_together(a, lambda ref: graph.example[ref.name]) for a in positional]
-            found = _flat(module(*args, **{k: put_together(v, lambda ref: graph.example[ref.name]) for k, v in named.items()}))
+            found = _flat(
+                module(*args, **{k: put_together(v, lambda ref: graph.example[ref.name]) for k, v in named.items()})
+            )
     except Exception:  # see _try
         return False
     return len(found) == len(expected) and all(map(_close, found, expected))

@@ -29,7 +29,11 @@ class Weights:
                 found = torch.zeros(value.shape[dim])
             else:
                 others = [d for d in range(value.ndim) if d != dim]
-                norms = torch.linalg.vector_norm(value, dim=others, dtype=_wide(value)) if others else value.to(_wide(value))
+                norms = (
+                    torch.linalg.vector_norm(value, dim=others, dtype=_wide(value))
+                    if others
+                    else value.to(_wide(value))
+                )
                 found = norms.square().float().cpu()
                 if not bool(torch.isfinite(found).all()):
                     raise MetapruneError(f"tensor {tensor} holds a value that is not finite")

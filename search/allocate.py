@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,10 +52,11 @@ class Problem:
         """Cost over budget for one allocation, shape [free]; at most 1 is within budget."""
         return float(self.budget.excess(self.costs, self.full(kept[None]))[0])
 
-    def rounded(self, kept: Counts) -> NDArray[np.int64]:
-        """Kept counts brought to legal ones: multiples of the step where the group is large enough, never below the minimum."""
+    def rounded(self, kept: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+        """Kept counts made legal: multiples of the step, never below the minimum."""
         whole = np.floor(kept / self.step + 1e-9).astype(np.int64) * self.step
-        return np.clip(whole, self.minimum, self.sizes)
+        legal: NDArray[np.int64] = np.clip(whole, self.minimum, self.sizes)
+        return legal
 
 
 def uniform(problem: Problem) -> NDArray[np.int64]:
@@ -91,7 +93,9 @@ def global_(problem: Problem) -> NDArray[np.int64]:
     if floor < 1e-3:
         least = problem.minimum
     group = np.concatenate([np.full(len(s) - k, i) for i, (s, k) in enumerate(zip(problem.scores, least, strict=True))])
-    value = np.concatenate([np.sort(s, kind="stable")[: len(s) - k] for s, k in zip(problem.scores, least, strict=True)])
+    value = np.concatenate(
+        [np.sort(s, kind="stable")[: len(s) - k] for s, k in zip(problem.scores, least, strict=True)]
+    )
     order = group[np.lexsort((group, value))]
 
     def after(count: int) -> NDArray[np.int64]:
@@ -116,12 +120,16 @@ def _feasible(problem: Problem) -> None:
         worst = max(problem.budget.limits, key=lambda limit: _ratio(problem, limit[0]) / limit[1])
         name, fraction = worst
         attainable = _ratio(problem, name)
-        raise BudgetInfeasible(f"budget: {name}={fraction} can not be met; the least is {name}={attainable:.4f}", attainable)
+        raise BudgetInfeasible(
+            f"budget: {name}={fraction} can not be met; the least is {name}={attainable:.4f}", attainable
+        )
 
 
 def _ratio(problem: Problem, name: str) -> float:
     costs = problem.costs
-    return float(costs.evaluate(name, problem.full(problem.minimum[None]))[0] / costs.evaluate(name, costs.sizes[None])[0])
+    return float(
+        costs.evaluate(name, problem.full(problem.minimum[None]))[0] / costs.evaluate(name, costs.sizes[None])[0]
+    )
 
 
 def _filled(problem: Problem, kept: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -101,7 +101,9 @@ def _matmul(state: Flow, node: Node, bound: Bound) -> Axes:
     a, b = state.of(left), state.of(right)
     state.use(a)
     state.use(b)
-    state.contract(node, [(left, len(a) - 1, a[-1]), (right, max(0, len(b) - 2), b[-2] if len(b) > 1 else b[0])], "matmul")
+    state.contract(
+        node, [(left, len(a) - 1, a[-1]), (right, max(0, len(b) - 2), b[-2] if len(b) > 1 else b[0])], "matmul"
+    )
     rows = [a[-2].with_zero(a[-2].zero)] if len(a) > 1 else []
     columns = [b[-1].with_zero(b[-1].zero)] if len(b) > 1 else []
     batch = broadcast(state, [a[:-2], b[:-2]], "matmul")
@@ -110,7 +112,7 @@ def _matmul(state: Flow, node: Node, bound: Bound) -> Axes:
 
 
 def _attention_roles(state: Flow, batch: Axes, features: list[Axis]) -> None:
-    """In a batched product of two activations, batch axes that can be pruned are heads, and the features are inside them."""
+    """In a batched product of two activations, batch axes that can be pruned are heads with the features inside."""
     heads = [axis for axis in batch if axis.ids is not None]
     for axis in heads:
         state.atoms.role(axis.ids, "heads")  # type: ignore[arg-type]
@@ -181,7 +183,9 @@ ROWS: dict[str, Rule] = {
     "aten.mm": signature("a i, i b -> a b", "self mat2", "0*1", "out 0[-1]"),
     "aten.bmm": signature("h a i, h i b -> h a b", "self mat2", "0*1", "out 0[-1]", roles="h=heads"),
     "aten.addmm": signature("a i, i b, b -> a b", "mat1 mat2 self", "0*1+2", "out 0[-1]", roles="b=ffn"),
-    "aten.baddbmm": signature("h a i, h i b, h a b -> h a b", "batch1 batch2 self", "0*1+2", "out 0[-1]", roles="h=heads"),
+    "aten.baddbmm": signature(
+        "h a i, h i b, h a b -> h a b", "batch1 batch2 self", "0*1+2", "out 0[-1]", roles="h=heads"
+    ),
     "aten.mv": signature("a i, i -> a", "self vec", "0*1", "out 0[-1]"),
     "aten.dot": signature("i, i -> ", "self tensor", "0*1", "0"),
     "aten.outer": signature("a, b -> a b", "self vec2", "0*1"),

@@ -56,6 +56,8 @@ ROWS: dict[str, Rule] = {
     "aten.full_like": _like(None),
     **{
         f"aten.{name}": Rule(_fixed)
-        for name in "arange linspace logspace eye scalar_tensor rand randn randint randperm tril_indices triu_indices".split()
+        for name in (
+            "arange linspace logspace eye scalar_tensor rand randn randint randperm tril_indices triu_indices"
+        ).split()
     },
 }

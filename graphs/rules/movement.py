@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def regroup(state: Flow, axes: Axes, shape: Sequence[int], op: str) -> Axes:
-    """Row-major reinterpretation of axes under another shape: the smallest runs of equal volume are merged and split."""
+    """Row-major reinterpretation under another shape: the smallest runs of equal volume are merged and split."""
     if prod(axis.size for axis in axes) == 0:
         return tuple(state.fixed(size, "empty") for size in shape)
     out: list[Axis] = []
@@ -84,7 +84,9 @@ def _movedim(state: Flow, node: Node, bound: Bound) -> Axes:
     axes = state.of(bound["self"])
     source, target = bound["source"], bound["destination"]
     rank = len(axes)
-    moved = dict(zip(*([d % rank for d in (v if isinstance(v, tuple) else (v,))] for v in (target, source)), strict=True))
+    moved = dict(
+        zip(*([d % rank for d in (v if isinstance(v, tuple) else (v,))] for v in (target, source)), strict=True)
+    )
     rest = iter(d for d in range(rank) if d not in moved.values())
     return tuple(axes[moved[d]] if d in moved else axes[next(rest)] for d in range(rank))
 
@@ -118,7 +120,10 @@ def _repeat(state: Flow, node: Node, bound: Bound) -> Axes:
     shape = node.shape
     out: list[Axis] = []
     for d in range(len(shape)):
-        at, time = d - len(shape) + len(axes), times[d - len(shape) + len(times)] if d - len(shape) + len(times) >= 0 else 1
+        at, time = (
+            d - len(shape) + len(axes),
+            times[d - len(shape) + len(times)] if d - len(shape) + len(times) >= 0 else 1,
+        )
         if not isinstance(time, int):
             out.append(axes[at] if at >= 0 and shape[d] == axes[at].size else state.fixed(shape[d], "a dynamic size"))
         elif at < 0 or axes[at].size == 1:
@@ -339,13 +344,17 @@ def _getitem(state: Flow, node: Node, bound: Bound) -> Axes:
     return axes
 
 
-
 _IDENTITY = Rule(identity)
-_RESHAPES = {name: Rule(_reshape, _view) for name in ("aten.view", "aten.reshape", "aten._unsafe_view", "aten._reshape_alias")}
+_RESHAPES = {
+    name: Rule(_reshape, _view) for name in ("aten.view", "aten.reshape", "aten._unsafe_view", "aten._reshape_alias")
+}
 
 ROWS: dict[str, Rule] = {
     **_RESHAPES,
-    **{f"aten.{name}": Rule(_reshape) for name in "flatten squeeze unsqueeze view_as reshape_as ravel atleast_1d".split()},
+    **{
+        f"aten.{name}": Rule(_reshape)
+        for name in "flatten squeeze unsqueeze view_as reshape_as ravel atleast_1d".split()
+    },
     "aten.unflatten": Rule(_reshape, _unflatten),
     "aten.permute": Rule(_permute),
     **{f"aten.{name}": Rule(_transpose) for name in "transpose t numpy_T swapaxes swapdims".split()},
@@ -375,8 +384,9 @@ ROWS: dict[str, Rule] = {
     **{
         f"aten.{name}": _IDENTITY
         for name in (
-            "clone contiguous to _to_copy detach alias lift_fresh_copy lift_fresh dropout feature_dropout alpha_dropout "
-            "feature_alpha_dropout type_as float double half positive requires_grad_ cpu cuda resolve_conj resolve_neg"
+            "clone contiguous to _to_copy detach alias lift_fresh_copy lift_fresh dropout feature_dropout "
+            "alpha_dropout feature_alpha_dropout type_as float double half positive requires_grad_ cpu cuda "
+            "resolve_conj resolve_neg"
         ).split()
     },
     "operator.getitem": Rule(_getitem),

@@ -1,4 +1,6 @@
-"""Normalisation layers. Batch, instance and local norms work per channel; layer and group norm take their statistics over the
+"""Normalisation layers.
+
+Batch, instance and local norms work per channel; layer and group norm take their statistics over the
 channels that are kept; root-mean-square norms are held exact by rescaling their weight and epsilon.
 """
 
@@ -82,11 +84,14 @@ def _group_norm(state: Flow, node: Node, bound: Bound) -> Axes:
 
 def _num_groups(cut: Cut, node: Node, bound: Bound) -> Bound:
     groups = int(bound["num_groups"])
-    return {**bound, "num_groups": cut.factor(bound["input"], 1, (groups, cut.old_size(bound["input"], 1) // groups), 0)}
+    return {
+        **bound,
+        "num_groups": cut.factor(bound["input"], 1, (groups, cut.old_size(bound["input"], 1) // groups), 0),
+    }
 
 
 def _weight_norm(state: Flow, node: Node, bound: Bound) -> Axes:
-    """W = v * g / ||v||, the norm over all dimensions but one: along that one a silenced unit is 0/0, along the others 0."""
+    """Weight v * g / ||v||, normed over all dimensions but one: there a silenced unit is 0/0, elsewhere 0."""
     axes = state.of(bound["v"])
     dim = bound["dim"] % len(axes) if len(axes) else 0
     if bound["dim"] == -1:

@@ -40,7 +40,9 @@ def _flow(state: Flow, node: Node, bound: Bound) -> Axes:
         if sums and len(tracked) > 1 and tracked[0].ids is not None:
             state.atoms.role(tracked[0].ids, "residual")
         tied = state.tie(tracked, op)
-        out.append(tied.with_zero(_silence(state, tied, [a.zero if a is not None else np.False_ for a in here], call, op)))
+        out.append(
+            tied.with_zero(_silence(state, tied, [a.zero if a is not None else np.False_ for a in here], call, op))
+        )
     return tuple(out)
 
 
@@ -97,7 +99,10 @@ def _try(call: _Call, zero: tuple[bool, ...]) -> bool | None:
     function = operators.resolve(op)
     silent = True
     for draw, truth in product(_DRAWS, (True, False)):
-        tensors = iter(_operand(flag, draw + 0.1 * i, truth, dtype) for i, (flag, dtype) in enumerate(zip(zero, dtypes, strict=True)))
+        tensors = iter(
+            _operand(flag, draw + 0.1 * i, truth, dtype)
+            for i, (flag, dtype) in enumerate(zip(zero, dtypes, strict=True))
+        )
         named = {name: next(tensors) if isinstance(value, Ref) else value for name, value in arguments}
         with torch.no_grad():
             result = function(**named)
@@ -142,8 +147,9 @@ ROWS: dict[str, Rule] = {
     **{
         f"aten.{name}": RULE
         for name in (
-            "hardswish fill.Tensor rsub floor_divide masked_fill copy log1p isnan isinf where max.other min.other clamp_min clamp_max "
-            "square reciprocal selu relu6 hardswish hardsigmoid hardtanh true_divide multiply divide subtract"
+            "hardswish fill.Tensor rsub floor_divide masked_fill copy log1p isnan isinf where max.other min.other "
+            "clamp_min clamp_max square reciprocal selu relu6 hardswish hardsigmoid hardtanh true_divide "
+            "multiply divide subtract"
         ).split()
     },
     "aten.prelu": Rule(_prelu),

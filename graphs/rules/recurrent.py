@@ -1,4 +1,4 @@
-"""Recurrent layers: a hidden unit owns one row of every gate, its column of the recurrent weight, and its input columns above."""
+"""Recurrent layers: a hidden unit owns a row of every gate, its recurrent column, and its input columns above."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from metaprune.graphs.structure import Ref
 def _recurrent(gates: int) -> Rule:
     """LSTM (4 gates), GRU (3) or a plain cell (1), any number of layers, one or two directions, no projection.
 
-    A silenced unit stays at zero: its gates are sigmoid(0) = 1/2 and its candidate tanh(0) = 0, given a zero first state.
+    A silenced unit stays at zero: its gates are sigmoid(0) = 1/2 and its candidate tanh(0) = 0, given a zero first
+    state.
     """
 
     def flow(state: Flow, node: Node, bound: Bound) -> list[Axes]:
@@ -57,7 +58,14 @@ def _vanishing(state: Flow, params: list[Any]) -> bool:
 
 
 def _cell(
-    state: Flow, node: Node, params: list[Any], hidden: Axis, feature: Axis, source: tuple[Ref, int], gates: int, op: str
+    state: Flow,
+    node: Node,
+    params: list[Any],
+    hidden: Axis,
+    feature: Axis,
+    source: tuple[Ref, int],
+    gates: int,
+    op: str,
 ) -> Axis:
     for i, param in enumerate(params):
         axes = state.of(param)

@@ -18,7 +18,9 @@ def _dims(value: Any, rank: int) -> set[int]:
     return {d % max(1, rank) for d in value}
 
 
-def _reduce(dim: str = "dim", keep: str = "keepdim", additive: bool = False, vanishes: bool = True, outputs: int = 1) -> Rule:
+def _reduce(
+    dim: str = "dim", keep: str = "keepdim", additive: bool = False, vanishes: bool = True, outputs: int = 1
+) -> Rule:
     """A reduction over the dimensions in argument `dim` (absent or empty: all).
 
     Args:

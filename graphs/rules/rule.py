@@ -27,13 +27,11 @@ class Unmatched(Exception):
 class Rule:
     """One operator.
 
-    Attributes:
-        flow: Gives the axes of the result and records ties, contractions and pins.
-        rewrite: For operators with sizes among their arguments: the call after a cut (new arguments, or the `Ref` that
-            replaces its value). None: the call stays as it is.
-        macs: Multiply-adds, as sums of products of shapes: `"out 1[1:] + 0"` is numel(out) * prod(operand 1's shape from
-            dimension 1) + numel(operand 0). Empty: none.
-        operands: Names of its tensor arguments in the order the signature and `macs` count them.
+    Attributes: flow: Gives the axes of the result and records ties, contractions and pins. rewrite: For operators
+        with sizes among their arguments: the call after a cut (new arguments, or the `Ref` that replaces its value).
+        None: the call stays as it is. macs: Multiply-adds, as sums of products of shapes: `"out 1[1:] + 0"` is
+        numel(out) * prod(operand 1's shape from dimension 1) + numel(operand 0). Empty: none. operands: Names of its
+        tensor arguments in the order the signature and `macs` count them.
     """
 
     flow: Callable[[Flow, Node, Bound], Any]
@@ -57,29 +55,24 @@ def signature(
 ) -> Rule:
     """A rule from an axis signature such as `"n c *s, o c *k, o -> n o *t"`.
 
-    The same letter in two operands is one axis; a letter that the result lacks is summed over; `*s` stands for the remaining
-    dimensions; `(g c)` is an axis that is the product of two. A letter that only one operand has, and the result has not, is
+    The same letter in two operands is one axis; a letter that the result lacks is summed over; `*s` stands for the
+    remaining dimensions; `(g c)` is an axis that is the product of two. A letter that only one operand has, and the
+    result has not, is
     mixed: its positions are filled up with zeros again before the operator runs.
 
-    Args:
-        text: The signature.
-        operands: Argument names of the tensor operands, in order; absent ones (None) are skipped.
-        zero: When the result vanishes with its unit: terms joined by `+` must all vanish, in a term `0*1` one operand is
-            enough. `1!` is a factor that counts as non-zero when absent.
-        macs: See `Rule.macs`.
-        rewrite: See `Rule.rewrite`.
-        sizes: Sizes of letters that shapes alone do not tell.
-        pin: Letters that can not shrink: starred ones are kernel extents, the others are addressed at run time.
-        roles: What letters are, `"h=heads d=head_dim"`.
-        statistics: Letters over whose kept positions the operator takes statistics.
-        mix: Letters that the result keeps but whose positions enter each other.
-        outputs: Number of results, all of the same axes.
+    Args: text: The signature. operands: Argument names of the tensor operands, in order; absent ones (None) are
+        skipped. zero: When the result vanishes with its unit: terms joined by `+` must all vanish, in a term `0*1`
+        one operand is enough. `1!` is a factor that counts as non-zero when absent. macs: See `Rule.macs`. rewrite:
+        See `Rule.rewrite`. sizes: Sizes of letters that shapes alone do not tell. pin: Letters that can not shrink:
+        starred ones are kernel extents, the others are addressed at run time. roles: What letters are, `"h=heads
+        d=head_dim"`. statistics: Letters over whose kept positions the operator takes statistics. mix: Letters that
+        the result keeps but whose positions enter each other. outputs: Number of results, all of the same axes.
     """
     left, right = (part.strip() for part in text.split("->"))
     patterns = [_tokens(part) for part in left.split(",")]
     result = _tokens(right)
     names = tuple(operands.split())
-    terms = [[f for f in term.split("*")] for term in zero.split("+")] if zero else []
+    terms = [term.split("*") for term in zero.split("+")] if zero else []
     role_of = dict(item.split("=") for item in roles.split())
 
     def flow(state: Flow, node: Node, bound: Bound) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,7 +88,11 @@ def _pieces(state: Flow, node: Node, bound: Bound) -> list[Axes]:
     position = 0
     for piece in node.meta:  # type: ignore[union-attr]
         size = piece.shape[d]  # type: ignore[union-attr]
-        here = axes[d].take(np.arange(position, position + size)) if axes[d].ids is not None else state.fixed(size, axes[d].why)
+        here = (
+            axes[d].take(np.arange(position, position + size))
+            if axes[d].ids is not None
+            else state.fixed(size, axes[d].why)
+        )
         out.append((*axes[:d], here, *axes[d + 1 :]))
         position += size
     return out
@@ -100,7 +105,7 @@ def _pieces_kept(cut: Cut, node: Node, bound: Bound) -> Any:
         return bound
     old = [piece.shape[d] for piece in node.meta]  # type: ignore[union-attr]
     bounds = np.cumsum([0, *old])
-    sizes = tuple(int(mask[a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    sizes = tuple(int(mask[a:b].sum()) for a, b in pairwise(bounds.tolist()))
     return cut.emit("aten.split_with_sizes.default", (bound["self"], sizes, d), node)
 
 
@@ -289,13 +294,14 @@ def _meshgrid(state: Flow, node: Node, bound: Bound) -> list[Axes]:
     return [tuple(state.fixed(size, "a grid") for size in shape) for shape in shapes]
 
 
-
-_SPLIT = Rule(_pieces, _pieces_kept)  # type: ignore[arg-type]
+_SPLIT = Rule(_pieces, _pieces_kept)
 
 ROWS: dict[str, Rule] = {
     "aten.slice": Rule(_slice, _slice_kept),
     "aten.narrow": Rule(_narrow, _narrow_kept),
-    **{f"aten.{name}": _SPLIT for name in "split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk".split()},
+    **{
+        f"aten.{name}": _SPLIT for name in "split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk".split()
+    },
     "aten.unbind": Rule(_unbind),
     "aten.select": Rule(_select, _select_kept),
     "aten.index_select": Rule(_index_select, _index_select_kept),
