@@ -4,6 +4,8 @@ TORCH  ?= torch==2.13.0
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
+BENCH  := .venv-bench
+BENCH_TORCH ?= torch torchvision
 EXTRAS := dev,onnx,demo
 
 # Threads of one small network fight each other; two processes with one thread each are several times faster.
@@ -33,16 +35,18 @@ lint: $(STAMP)
 nightly: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "nightly or not nightly"
 
-bench-coverage: $(STAMP) .venv/.bench
-	$(BIN)/python benchmarks/coverage.py
+bench-coverage: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/coverage.py
 
-bench-scaling: $(STAMP) .venv/.bench
-	$(BIN)/python benchmarks/scaling.py
+bench-scaling: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/scaling.py
 
-.venv/.bench: $(STAMP)
-	$(BIN)/python -m pip install --quiet -e ".[bench]"
+# Apart from .venv: torchvision works only beside the torch build it was made for, so both come in one request.
+$(BENCH)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet $(BENCH_TORCH) -e ".[bench]"
 	@touch $@
 
 clean:
-	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(BENCH) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
