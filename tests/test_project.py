@@ -173,7 +173,8 @@ def type_check(view: Path) -> subprocess.CompletedProcess[str]:
     for package, folder in FOLDERS.items():
         if package != "metaprune":
             (inside / package.split(".")[1]).symlink_to(ROOT / folder)
-    config = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
+    # A fresh cache: one kept between views at different places reports attributes that exist as missing.
+    config = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(view / "cache")]
     return subprocess.run(
         [sys.executable, "-m", "mypy", *config, "-p", "metaprune"], cwd=view, capture_output=True, text=True
     )
