@@ -20,7 +20,7 @@ from metaprune.graphs.surgery import Incision
 
 TOLERANCE = 1e-9
 _NORMS = ("layer_norm", "group_norm")
-_DRAWS = 2
+_INPUTS = 2
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class Prover:
         self._incision = incision
         self._canonical = {alias: info.name for info in graph.tensors.values() for alias in info.aliases}
         self._revived: dict[str, torch.Tensor] = {}
-        self._leaves = [self._draw(seed + i) for i in range(_DRAWS)]
+        rows = min((x.shape[0] for x in graph.example.values() if x.ndim), default=1)
+        self._leaves = [self._draw(seed + i) for i in range(1 if rows >= _INPUTS else _INPUTS)]
+        self._inputs = len(self._leaves) * rows
         self._revive(seed)
         self._aware = self._norms()
         self._wiring = self._reference(self._aware)
@@ -74,7 +76,7 @@ class Prover:
         names = names_of(module, self._canonical)
         found = [run_exact(module, self._call(leaves), names, self._cut_weight) for leaves in self._leaves]
         wiring, function = _distance(found, self._wiring), _distance(found, self._function)
-        return Certificate(wiring, function, len(found[0]), len(found), tuple(self._revived))
+        return Certificate(wiring, function, len(found[0]), self._inputs, tuple(self._revived))
 
     # ---- the two sides
 
@@ -122,7 +124,7 @@ class Prover:
         return call
 
     def _draw(self, seed: int) -> dict[str, torch.Tensor]:
-        """Random inputs like the example: noise on floats, integers in another order."""
+        """Random inputs like the example: noise on floats, every row of integers rolled by another amount."""
         generator = torch.Generator().manual_seed(seed)
         leaves: dict[str, torch.Tensor] = {}
         for name, value in self._graph.example.items():
@@ -131,7 +133,7 @@ class Prover:
                 noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
                 leaves[name] = value.double() + noise
             elif value.ndim > 1 and value.dtype is not torch.bool:
-                leaves[name] = value.roll(seed % max(1, value.shape[-1]), -1)
+                leaves[name] = torch.stack([row.roll(seed + i, -1) for i, row in enumerate(value)])
             else:
                 leaves[name] = value
         return leaves

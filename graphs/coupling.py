@@ -165,6 +165,14 @@ def _visit(flow: Flow, node: Node) -> None:
         return
     if not isinstance(node.meta, (Meta, tuple)):
         return
+    if node.name in flow.skipped:
+        flow.axes[node.name] = tuple(flow.fixed(n, "inside a reordering") for n in node.shape)
+        return
+    if node.name in flow.reorderings:
+        chain = flow.reorderings[node.name]
+        source = flow.of(chain.source)
+        flow.axes[node.name] = tuple(a.take(chain.index) if d == chain.dim else a for d, a in enumerate(source))
+        return
     bound = operators.bind(node.op, node.args, dict(node.kwargs))
     rule = lookup(node.op)
     axes = None

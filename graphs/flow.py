@@ -15,6 +15,7 @@ from metaprune.graphs import operators
 from metaprune.graphs.atoms import Atoms, Ids, Product
 from metaprune.graphs.execute import execute
 from metaprune.graphs.ir import Graph, Meta, Node
+from metaprune.graphs.permutations import Reordering, find_reorderings
 from metaprune.graphs.structure import Ref
 
 Flags = NDArray[np.bool_]
@@ -84,6 +85,7 @@ class Flow:
         sites: For each node, where it sums over axes that may shrink.
         filled: For each node, the operand axes that must be filled up with zeros again before it runs, by operand name.
         restricted: For each such node, the axes of its result that are cut down to their kept positions afterwards.
+        reorderings: Chains of nodes that only reorder one axis, by the name of the last.
         described: What was inferred for operators without a rule, by call.
         described_names: Operand names in the call that was described.
     """
@@ -94,11 +96,16 @@ class Flow:
     sites: dict[str, list[Site]] = field(default_factory=dict)
     filled: dict[str, set[tuple[str, int]]] = field(default_factory=dict)
     restricted: dict[str, set[int]] = field(default_factory=dict)
+    reorderings: dict[str, Reordering] = field(default_factory=dict)
     described: dict[Any, Any] = field(default_factory=dict)
     described_names: dict[Any, tuple[str, ...]] = field(default_factory=dict)
     _values: dict[str, Any] | None = None
     _splits: dict[tuple[int, tuple[int, ...]], tuple[Axis, tuple[Axis, ...]]] = field(default_factory=dict)
     _constants: dict[str, NDArray[np.int64] | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.reorderings = find_reorderings(self.graph)
+        self.skipped = {name for chain in self.reorderings.values() for name in chain.inside}
 
     # ---- values
 

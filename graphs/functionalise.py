@@ -111,7 +111,7 @@ def functional(
     """The functional call whose result is what an in-place call leaves in its first argument."""
     space, base, overload = op.split(".")
     if base == "copy_":
-        return "aten.copy.default", (args[0], args[1]), {}
+        return "aten.expand_as.default", (args[1], args[0]), {}
     if base in ("fill_", "zero_"):
         if base == "fill_" and overload == "Tensor":
             return "aten.fill.Tensor", args, {}

@@ -118,7 +118,10 @@ def _convolution(path: str, module: nn.Module, kept: Mapping[str, Any]) -> list[
     """Channels and groups of a convolution from the shape its weight has now."""
     assert isinstance(module, nn.modules.conv._ConvNd)
     dims = kept.get(f"{path}.weight" if path else "weight", {})
-    shape = list(module.weight.shape)
+    weight = module._parameters.get("weight")  # a parametrised weight would be computed, and may change buffers
+    if weight is None:
+        return []
+    shape = list(weight.shape)
     for d, index in dims.items():
         shape[d] = len(index)
     if not dims:
@@ -127,7 +130,7 @@ def _convolution(path: str, module: nn.Module, kept: Mapping[str, Any]) -> list[
     if module.groups == 1:
         groups = 1
     elif 0 in dims:
-        per_group = module.weight.shape[0] // module.groups
+        per_group = weight.shape[0] // module.groups
         groups = len(torch.unique(torch.from_numpy(dims[0]) // per_group))
     else:
         groups = module.groups

@@ -176,6 +176,14 @@ class Cut:
         self._nodes[name] = Node(name, "tensor", (name,), meta=meta)
         return Ref(name)
 
+    def pick(self, source: Ref, dim: int, index: NDArray[np.int64], node: Node) -> Ref:
+        """The value of `node` as an index into `source`: the old positions `index`, as far as they are kept."""
+        mask = self.mask(source, dim)
+        if mask is not None:
+            index = (np.cumsum(mask) - 1)[index[mask[index]]]
+        constant = self.constant(torch.from_numpy(index.copy()))
+        return self.emit("aten.index_select.default", (source, dim, constant), node)
+
     def emit(self, op: str, args: tuple[Any, ...], node: Node) -> Ref:
         """Adds the call that stands for `node` after the cut; references are to values of the old graph."""
         return self._add(op, tuple(self._use(a) for a in args), {}, self._meta(node), node.module)
@@ -252,8 +260,8 @@ class Cut:
         for name in {name for name, _ in fills}:
             self._operands[name] = self._filled(Ref(name), [d for n, d in fills if n == name], node)
         rule = lookup(node.op)
-        result: Any = None
-        if rule is not None and rule.rewrite is not None:
+        result: Any = self._reordered(node)
+        if result is None and rule is not None and rule.rewrite is not None:
             bound = operators.bind(node.op, node.args, dict(node.kwargs))
             result = rule.rewrite(self, node, bound)
             if isinstance(result, dict):
@@ -269,6 +277,13 @@ class Cut:
                 result = self._add("aten.index_select.default", (result, d, index), {}, self._meta(node), node.module)
         self._operands = {}
         self._name(node, result, first)
+
+    def _reordered(self, node: Node) -> Ref | None:
+        """The index that a chain of reshapes and transposes becomes once positions of its source are gone."""
+        chain = self.flow.reorderings.get(node.name)
+        if chain is None or all(self.mask(chain.source, d) is None for d in range(len(node.shape))):
+            return None
+        return self.pick(chain.source, chain.dim, chain.index, node)
 
     def _fills(self, node: Node) -> list[tuple[str, int]]:
         """Operand axes that must be filled up again, because positions of them are gone."""

@@ -152,14 +152,14 @@ class _Flat(nn.Module):
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the time of the trace, without the fused attention path that hides its operators."""
+    """Eval mode without gradients for the time of the trace, and without the fused attention path that hides its operators."""
     flags = [(module, module.training) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     for module, _ in flags:
         module.training = False
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -353,7 +353,11 @@ class _Reader:
         if is_write(op) and isinstance(meta, Meta):
             target = self._handles[first]
             name, args, kwargs = functional(op, args, kwargs, meta)
-            self._functional.write(target, self._emit(name, args, kwargs, meta))
+            ref = self._emit(name, args, kwargs, meta)
+            source = self.nodes[args[0].name].meta if isinstance(args[0], Ref) else meta
+            if isinstance(source, Meta) and source.dtype != meta.dtype:
+                ref = self._emit("aten.to.dtype", (ref, meta.dtype), {}, meta)
+            self._functional.write(target, ref)
             self._handles[node] = target
             return
         op, args, kwargs = _mode(op, args, kwargs)

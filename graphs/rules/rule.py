@@ -89,7 +89,9 @@ def signature(
             if len(pattern) != len(axes):
                 raise Unmatched(f"operand {names[i]} has {len(axes)} dimensions")
             for dim, (token, axis) in enumerate(zip(pattern, axes, strict=True)):
-                for letter, part in zip(token, _factors(state, token, axis, known, op), strict=True):
+                parts = _factors(state, token, axis, known, op)
+                state.use(parts)
+                for letter, part in zip(token, parts, strict=True):
                     uses.setdefault(letter, []).append((i, ref, dim, part))
         first = node.meta if outputs == 1 else node.meta[0]  # type: ignore[index]
         out_shape = first.shape  # type: ignore[union-attr]

@@ -49,18 +49,9 @@ def _slice_kept(cut: Cut, node: Node, bound: Bound) -> Any:
         return bound
     start, stop, step = _span(bound, len(mask))
     if step != 1:
-        return _pick(cut, node, bound["self"], d, np.arange(start, stop, step))
+        return cut.pick(bound["self"], d, np.arange(start, stop, step), node)
     first = int(mask[:start].sum())
     return {**bound, "dim": d, "start": first, "end": first + int(mask[start:stop].sum())}
-
-
-def _pick(cut: Cut, node: Node, source: Ref, dim: int, index: Any) -> Ref:
-    """`source` at the old positions `index` that are kept, as an `index_select` of new positions."""
-    mask = cut.mask(source, dim)
-    index = np.asarray(index).ravel()
-    if mask is not None:
-        index = (np.cumsum(mask) - 1)[index[mask[index]]]
-    return cut.emit("aten.index_select.default", (source, dim, cut.constant(torch.from_numpy(index.copy()))), node)
 
 
 def _narrow(state: Flow, node: Node, bound: Bound) -> Axes:
@@ -153,7 +144,7 @@ def _index_select_kept(cut: Cut, node: Node, bound: Bound) -> Any:
     if cut.mask(bound["self"], d) is None and cut.mask(node, d) is None:
         return bound
     index = cut.flow.constant(bound["index"])
-    return bound if index is None else _pick(cut, node, bound["self"], d, index)
+    return bound if index is None else cut.pick(bound["self"], d, index.ravel(), node)
 
 
 def _index(state: Flow, node: Node, bound: Bound) -> Axes:
@@ -199,7 +190,7 @@ def _index_kept(cut: Cut, node: Node, bound: Bound) -> Any:
     d = addressed[0]
     index = cut.flow.constant(bound["indices"][d])
     assert index is not None
-    picked = _pick(cut, node, bound["self"], d, index % cut.old_size(bound["self"], d))
+    picked = cut.pick(bound["self"], d, index.ravel() % cut.old_size(bound["self"], d), node)
     if index.ndim == 1:
         return picked
     sizes = tuple(cut.size(node, d + i) for i in range(index.ndim))
