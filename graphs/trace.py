@@ -152,7 +152,7 @@ class _Flat(nn.Module):
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients for the time of the trace, and without the fused attention path that hides its operators."""
+    """Eval mode without gradients, and without the fused attention path that hides its operators."""
     flags = [(module, module.training) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     for module, _ in flags:

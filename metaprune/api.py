@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metaprune.graphs import native, saved
+from metaprune.graphs import native, onnx_export, saved
 from metaprune.graphs.certificate import Certificate, Prover
 from metaprune.graphs.cost import Cost
 from metaprune.graphs.errors import CertificateError, MetapruneError, OptionError, PlanError
@@ -60,7 +60,7 @@ class Pruned:
 
     def export_onnx(self, path: str | Path) -> None:
         """Writes an ONNX file with a dynamic batch through `torch.onnx.export`."""
-        saved.export_onnx(Path(path), self.graph, self.module)
+        onnx_export.export_onnx(Path(path), self.graph, self.module)
 
 
 def trace(model: Any, inputs: Any = None, dynamic: Mapping[int | str, Sequence[int]] | None = None) -> Graph:
