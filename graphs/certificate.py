@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from metaprune.graphs import structure
-from metaprune.graphs.errors import CertificateError
+from metaprune.graphs.errors import CertificateError, MetapruneError
 from metaprune.graphs.ir import Graph
-from metaprune.graphs.reference import names_of, run_exact
+from metaprune.graphs.reference import Channels, names_of, run_exact
 from metaprune.graphs.structure import Ref
 from metaprune.graphs.surgery import Incision
 
@@ -74,17 +74,33 @@ class Prover:
     def certify(self, module: nn.Module) -> Certificate:
         """Measures one candidate."""
         names = names_of(module, self._canonical)
-        found = [run_exact(module, self._call(leaves), names, self._cut_weight) for leaves in self._leaves]
+        try:
+            found = [run_exact(module, self._call(leaves), names, self._cut_weight) for leaves in self._leaves]
+        except MetapruneError:
+            raise
+        except Exception as error:
+            text = str(error).splitlines() or [""]
+            raise CertificateError(f"the pruned network does not run: {type(error).__name__}: {text[0]}") from error
         wiring, function = _distance(found, self._wiring), _distance(found, self._function)
         return Certificate(wiring, function, len(found[0]), self._inputs, tuple(self._revived))
 
     # ---- the two sides
 
-    def _reference(self, channels: Mapping[str, torch.Tensor]) -> list[list[torch.Tensor]]:
+    def _reference(self, channels: Mapping[str, Channels]) -> list[list[torch.Tensor]]:
         source = self._graph.source
         assert source is not None
         names = names_of(source, self._canonical)
-        return [run_exact(source, self._call(leaves), names, self._masked_weight, channels) for leaves in self._leaves]
+        try:
+            return [
+                run_exact(source, self._call(leaves), names, self._masked_weight, channels) for leaves in self._leaves
+            ]
+        except MetapruneError:
+            raise
+        except Exception as error:
+            text = str(error).splitlines() or [""]
+            raise CertificateError(
+                f"the network can not be run in float64: {type(error).__name__}: {text[0]}"
+            ) from error
 
     def _full_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         full = self._revived.get(name, self._graph.values.get(name, tensor)).detach()
@@ -158,16 +174,17 @@ class Prover:
                 random = (1.0 + 0.3 * random) if constant and float(value.flatten()[0]) != 0 else 0.5 * random
             self._revived[info.name] = random.to(value.device)
 
-    def _norms(self) -> dict[str, torch.Tensor]:
+    def _norms(self) -> dict[str, Channels]:
         """Kept channels of every layer and group norm that the cut touches, by the name of its weight."""
-        found: dict[str, torch.Tensor] = {}
+        found: dict[str, Channels] = {}
         for node in self._graph.nodes.values():
             if node.base not in _NORMS:
                 continue
             for name in node.refs():
                 source = self._graph.nodes[name]
-                if source.op == "tensor" and 0 in self._incision.kept.get(source.args[0], {}):
-                    found[source.args[0]] = torch.from_numpy(self._incision.kept[source.args[0]][0])
+                dims = self._incision.kept.get(source.args[0], {}) if source.op == "tensor" else {}
+                if dims:
+                    found[source.args[0]] = {d: torch.from_numpy(index) for d, index in dims.items()}
         return found
 
 

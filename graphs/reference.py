@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from metaprune.graphs.errors import CertificateError
 
+Channels = Mapping[int, torch.Tensor]
 Weights = Callable[[str, torch.Tensor], torch.Tensor]
 _LOW = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -32,11 +33,11 @@ class Exact(TorchFunctionMode):
     Args:
         names: Name of each of the network's tensors, by identity.
         weights: Gives the float64 tensor that stands for a named one.
-        channels: For layer and group norms: kept channels of the norm that owns a weight, by the weight's name.
+        channels: For layer and group norms: kept positions of each dimension of a weight, by its name.
     """
 
     def __init__(
-        self, names: Mapping[int, str], weights: Weights, channels: Mapping[str, torch.Tensor] | None = None
+        self, names: Mapping[int, str], weights: Weights, channels: Mapping[str, Channels] | None = None
     ) -> None:
         super().__init__()
         self._names = names
@@ -80,7 +81,7 @@ class Exact(TorchFunctionMode):
 class _Double(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operators in float64, whatever dtypes the code asks for."""
 
-    def __init__(self, outer: Exact, channels: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, outer: Exact, channels: Mapping[str, Channels]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._outer = outer
         self._channels = channels
@@ -128,27 +129,36 @@ def _to_double(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.dtype in _LOW else value
 
 
-def _norm_over_kept(func: Any, args: Any, kept: torch.Tensor) -> Any:
+def _norm_over_kept(func: Any, args: Any, kept: Channels) -> Any:
     """A layer or group norm whose statistics leave out removed channels; the others come out as weight * 0 + bias."""
+    x = args[0]
     if func._schema.name.endswith("layer_norm"):
-        x, _, weight, bias, eps = args[:5]
-        part = torch.ops.aten.native_layer_norm(x[..., kept], [len(kept)], weight[kept], _at(bias, kept), eps)[0]
-        y = torch.zeros_like(x)
-        y[..., kept] = part
-        return y, None, None
-    x, weight, bias, batch, channels, positions, groups, eps = args[:8]
-    inside = channels // groups
-    count = len(torch.unique(kept // inside))
-    part = torch.ops.aten.native_group_norm(
-        x[:, kept].contiguous(), weight[kept], _at(bias, kept), batch, len(kept), positions, count, eps
-    )[0]
-    y = torch.zeros_like(x)
-    y[:, kept] = part
-    return y, None, None
+        shape, weight, bias, eps = args[1:5]
+        first = x.ndim - len(shape)
+        places = {first + d: index for d, index in kept.items()}
+        weight, bias = _selected(weight, kept), _selected(bias, kept)
+        part = torch.ops.aten.native_layer_norm(_selected(x, places), list(weight.shape), weight, bias, eps)[0]
+    else:
+        weight, bias, batch, channels, positions, groups, eps = args[1:8]
+        places = {1: kept[0]}
+        count = len(torch.unique(kept[0] // (channels // groups)))
+        small = _selected(x, places).contiguous()
+        part = torch.ops.aten.native_group_norm(
+            small, _selected(weight, kept), _selected(bias, kept), batch, len(kept[0]), positions, count, eps
+        )[0]
+    for dim, index in places.items():
+        shape = list(part.shape)
+        shape[dim] = x.shape[dim]
+        part = part.new_zeros(shape).index_copy(dim, index.to(part.device), part)
+    return part, None, None
 
 
-def _at(bias: Any, kept: torch.Tensor) -> Any:
-    return None if bias is None else bias[kept]
+def _selected(tensor: Any, kept: Channels) -> Any:
+    if tensor is None:
+        return None
+    for dim, index in kept.items():
+        tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor
 
 
 @contextlib.contextmanager
@@ -179,7 +189,7 @@ def run_exact(
     call: Callable[[nn.Module], Any],
     names: Mapping[int, str],
     weights: Weights,
-    channels: Mapping[str, torch.Tensor] | None = None,
+    channels: Mapping[str, Channels] | None = None,
 ) -> list[torch.Tensor]:
     """Float64 tensors that a call of the module returns, in order of its output structure."""
     from metaprune.graphs.structure import take_apart

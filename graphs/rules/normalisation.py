@@ -36,6 +36,10 @@ def _over_last(letters: int, zero: str, mix: bool) -> Rule:
 
 
 def _layer_norm(state: Flow, node: Node, bound: Bound) -> Axes:
+    """Statistics over kept channels; a norm without weight shows nobody which those are, so it runs on the full axes."""
+    if bound.get("weight") is None:
+        plain: Axes = _over_last(len(bound["normalized_shape"]), "", mix=True).flow(state, node, bound)
+        return plain
     axes: Axes = _over_last(len(bound["normalized_shape"]), "1!+2", mix=False).flow(state, node, bound)
     return axes
 
@@ -53,6 +57,8 @@ def _rms_norm(state: Flow, node: Node, bound: Bound) -> Axes:
 
 
 def _normalized_shape(cut: Cut, node: Node, bound: Bound) -> Bound:
+    if cut.is_filled(node):
+        return bound
     rank = len(bound["normalized_shape"])
     return {**bound, "normalized_shape": tuple(cut.size(bound["input"], i - rank) for i in range(rank))}
 
@@ -68,7 +74,14 @@ def _rms_rewrite(cut: Cut, node: Node, bound: Bound) -> Bound:
     return {**_normalized_shape(cut, node, bound), "eps": eps * old / new}
 
 
+_GROUPS_WHOLE = signature("n c *s -> n c *s", "input", mix="c *s")
+
+
 def _group_norm(state: Flow, node: Node, bound: Bound) -> Axes:
+    """Statistics over the kept channels of each group; without weight on the full axes, as for layer norm."""
+    if bound.get("weight") is None:
+        plain: Axes = _GROUPS_WHOLE.flow(state, node, bound)
+        return plain
     rule = signature(
         "n (g c) *s, (g c), (g c) -> n (g c) *s",
         "input weight bias",
@@ -84,6 +97,8 @@ def _group_norm(state: Flow, node: Node, bound: Bound) -> Axes:
 
 def _num_groups(cut: Cut, node: Node, bound: Bound) -> Bound:
     groups = int(bound["num_groups"])
+    if cut.is_filled(node):
+        return bound
     return {
         **bound,
         "num_groups": cut.factor(bound["input"], 1, (groups, cut.old_size(bound["input"], 1) // groups), 0),

@@ -130,12 +130,12 @@ def signature(
                 state.contract(node, [(ref, dim, axis) for _, ref, dim, axis in where], op)
         out: list[Axis] = []
         for dim, token in enumerate(out_tokens):
-            parts = [found.get(letter) for letter in token]
+            made = [found.get(letter) for letter in token]
             if len(token) == 1:
-                out.append(parts[0] or state.fixed(out_shape[dim], f"made by {op}"))
+                out.append(made[0] or state.fixed(out_shape[dim], f"made by {op}"))
             else:
-                left_over = out_shape[dim] // max(1, prod(p.size for p in parts if p is not None))
-                full = [p or state.fixed(left_over, f"made by {op}") for p in parts]
+                left_over = out_shape[dim] // max(1, prod(p.size for p in made if p is not None))
+                full = [p or state.fixed(left_over, f"made by {op}") for p in made]
                 out.append(state.merge(full, op))
             if restricted.intersection(token):
                 state.restricted.setdefault(node.name, set()).add(dim)
