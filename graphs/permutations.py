@@ -91,7 +91,7 @@ def _moved(values: NDArray[np.int64], node: Node) -> NDArray[np.int64]:
     if node.base == "permute":
         return values.transpose(bound["dims"])
     if node.base in ("transpose", "swapaxes"):
-        a, b = (bound.get(f"dim{i}", bound.get(f"axis{i}", i)) for i in (0, 1))
+        a, b = [d for name, d in bound.items() if name in ("dim0", "dim1", "axis0", "axis1")]
         return values.swapaxes(a, b)
     if node.base == "movedim":
         return np.moveaxis(values, bound["source"], bound["destination"])

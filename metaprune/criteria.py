@@ -18,6 +18,7 @@ class Weights:
 
     def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
         self.values = values
+        self._blocks: dict[str, torch.Tensor] = {}
         self._energy: dict[tuple[str, int], torch.Tensor] = {}
 
     def energy(self, tensor: str, dim: int) -> torch.Tensor:
@@ -28,21 +29,21 @@ class Weights:
             if value.is_meta:
                 found = torch.zeros(value.shape[dim])
             else:
-                others = [d for d in range(value.ndim) if d != dim]
-                norms = (
-                    torch.linalg.vector_norm(value, dim=others, dtype=_wide(value))
-                    if others
-                    else value.to(_wide(value))
-                )
-                found = norms.square().float().cpu()
+                squares = self._squares(tensor, value, dim)
+                found = squares.sum([d for d in range(squares.ndim) if d != dim]) if squares.ndim > 1 else squares
                 if not bool(torch.isfinite(found).all()):
                     raise MetapruneError(f"tensor {tensor} holds a value that is not finite")
-            self._energy[key] = found
+            self._energy[key] = found.float().cpu()
         return self._energy[key]
 
-
-def _wide(value: torch.Tensor) -> torch.dtype:
-    return value.dtype if value.dtype == torch.float64 else torch.float32
+    def _squares(self, tensor: str, value: torch.Tensor, dim: int) -> torch.Tensor:
+        """Squares with kernel dimensions summed away, shape [outputs, inputs]; of other tensors the plain squares."""
+        wide = value if value.dtype == torch.float64 else value.float()
+        if value.ndim < 4 or dim > 1:
+            return wide.square()
+        if tensor not in self._blocks:
+            self._blocks[tensor] = torch.linalg.vector_norm(wide.flatten(2), dim=2).square()
+        return self._blocks[tensor]
 
 
 Criterion = Callable[[Group, Weights], torch.Tensor]

@@ -74,7 +74,7 @@ def _permute(state: Flow, node: Node, bound: Bound) -> Axes:
 
 def _transpose(state: Flow, node: Node, bound: Bound) -> Axes:
     axes = list(state.of(bound["self"]))
-    a, b = (int(bound.get(f"dim{i}", bound.get(f"axis{i}", i))) for i in (0, 1))
+    a, b = [d for name, d in bound.items() if name in ("dim0", "dim1", "axis0", "axis1")] or (0, 1)
     if len(axes) > 1:
         axes[a], axes[b] = axes[b], axes[a]
     return tuple(axes)

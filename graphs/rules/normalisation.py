@@ -36,7 +36,7 @@ def _over_last(letters: int, zero: str, mix: bool) -> Rule:
 
 
 def _layer_norm(state: Flow, node: Node, bound: Bound) -> Axes:
-    """Statistics over kept channels; a norm without weight shows nobody which those are, so it runs on the full axes."""
+    """Statistics over kept channels; a norm without weight shows nobody which, so it runs on the full axes."""
     if bound.get("weight") is None:
         plain: Axes = _over_last(len(bound["normalized_shape"]), "", mix=True).flow(state, node, bound)
         return plain
