@@ -127,22 +127,26 @@ def pruned_double(original: nn.Module, pruned: nn.Module, kept: Kept) -> nn.Modu
 class NormOverKept(nn.Module):
     """A layer or group norm whose statistics leave out removed channels; those come out as zero."""
 
-    def __init__(self, norm: nn.Module, kept: Tensor) -> None:
+    def __init__(self, norm: nn.Module, kept: Mapping[int, Any]) -> None:
         super().__init__()
-        self.norm, self.kept = norm, kept
+        self.norm, self.kept = norm, {dim: torch.as_tensor(np.asarray(index)) for dim, index in kept.items()}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises the kept channels: the last axis of a layer norm's operand, the second of a group norm's."""
-        norm, kept = self.norm, self.kept
-        weight, bias = (None if t is None else t[kept] for t in (norm.weight, norm.bias))
-        dim = -1 if isinstance(norm, nn.LayerNorm) else 1
-        part = x.index_select(dim, kept)
+        """Normalises the kept channels: the last axes of a layer norm's operand, the second of a group norm's."""
+        norm = self.norm
+        weight, bias = (None if t is None else selection(t, self.kept) for t in (norm.weight, norm.bias))
+        first = x.ndim - norm.weight.ndim if isinstance(norm, nn.LayerNorm) else 1
+        dims = {first + dim: index for dim, index in self.kept.items()}
+        y = selection(x, dims)
         if isinstance(norm, nn.LayerNorm):
-            part = nn.functional.layer_norm(part, [len(kept)], weight, bias, norm.eps)
+            y = nn.functional.layer_norm(y, weight.shape, weight, bias, norm.eps)
         else:
-            groups = len(torch.unique(kept // (norm.num_channels // norm.num_groups)))
-            part = nn.functional.group_norm(part, groups, weight, bias, norm.eps)
-        return torch.zeros_like(x).index_copy(dim, kept, part)
+            groups = len(torch.unique(self.kept[0] // (norm.num_channels // norm.num_groups)))
+            y = nn.functional.group_norm(y, groups, weight, bias, norm.eps)
+        for dim, index in dims.items():
+            shape = [*y.shape[:dim], x.shape[dim], *y.shape[dim + 1 :]]
+            y = y.new_zeros(shape).index_copy(dim, index, y)
+        return y
 
 
 def silenced(original: nn.Module, kept: Kept, aware: bool = False) -> nn.Module:
@@ -160,10 +164,8 @@ def silenced(original: nn.Module, kept: Kept, aware: bool = False) -> nn.Module:
     for name, module in list(result.named_modules()) if aware else ():
         dims = kept.get(f"{name}.weight", {})
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm)) and dims:
-            assert set(dims) == {0}
-            assert module.weight.ndim == 1
             parent = result.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], NormOverKept(module, torch.as_tensor(np.asarray(dims[0]))))
+            setattr(parent, name.rpartition(".")[2], NormOverKept(module, dims))
     return result
 
 
