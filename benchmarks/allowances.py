@@ -17,11 +17,15 @@ Positions = dict[str, list[Tensor]]  # tensor name -> kept positions of every di
 
 
 class KeptStatistics(TorchFunctionMode):
-    """Normalisations see the kept channels only: those with a gain that is not zero, or, without gains, not silent."""
+    """Normalisations see the kept channels only.
 
-    def __init__(self, rms: bool) -> None:
+    Those are the channels with a gain that is not zero; without gains, or where gains say nothing because the network
+    adds one to them (`silent`), the channels that are not zero throughout.
+    """
+
+    def __init__(self, rms: bool, silent: bool) -> None:
         super().__init__()
-        self.rms = rms
+        self.rms, self.silent = rms, silent
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Intercepts the three functional normalisations."""
@@ -36,12 +40,11 @@ class KeptStatistics(TorchFunctionMode):
             return self._over_groups(*args, **kwargs)
         return func(*args, **kwargs)
 
-    @staticmethod
     def _over_last(
-        centre: bool, input: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: Any = None, *_: Any
+        self, centre: bool, input: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: Any = None, *_: Any
     ) -> Tensor:
         dims = tuple(range(-len(shape), 0))
-        alive = weight != 0 if weight is not None else _audible(input, dims)
+        alive = _audible(input, dims) if weight is None or self.silent else weight != 0
         x = input * alive
         count = alive.sum().clamp_min(1)
         mean = x.sum(dims, keepdim=True) / count if centre else 0.0
@@ -51,12 +54,12 @@ class KeptStatistics(TorchFunctionMode):
         y = y if weight is None else y * weight
         return y if bias is None else y + bias
 
-    @staticmethod
     def _over_groups(
-        input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+        self, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
     ) -> Tensor:
         other = tuple(d for d in range(input.ndim) if d != 1)
-        alive = weight != 0 if weight is not None else input.detach().abs().amax(other) > 0
+        named = weight is not None and not self.silent
+        alive = weight != 0 if named else input.detach().abs().amax(other) > 0
         shape = (1, -1, *[1] * (input.ndim - 2))
         grouped = (input * alive.view(shape)).unflatten(1, (num_groups, -1))  # n g c *
         mask = alive.view(1, num_groups, -1, *[1] * (input.ndim - 2))

@@ -29,19 +29,24 @@ import torch
 from engines import ENGINES, Refused, warm
 from random_weights import randomise
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 NEXT = {"start": "build", "built": "prune", "pruned": "forward", "forward": "count", "counted": "oracle"}
 
 
 def counted_macs(model: nn.Module, inputs: oracle.Inputs) -> tuple[int | None, str]:
-    """Multiply-adds by torch's counter on the meta device, or on the CPU where a network makes CPU tensors itself."""
+    """Multiply-adds by torch's counter on the meta device, or on the CPU where a network makes CPU tensors itself.
+
+    Attention runs as matrix products: the counter does not know the CPU's fused operator.
+    """
     for device in ("meta", "cpu"):
         for gradients in (False, True):  # the counter refuses some networks without gradients
             try:
                 moved = copy.deepcopy(model).eval().to(device)
                 on_device = oracle.convert(inputs, lambda t, device=device: t.to(device))
-                with torch.set_grad_enabled(gradients), FlopCounterMode(display=False) as counter:
+                counter = FlopCounterMode(display=False)
+                with torch.set_grad_enabled(gradients), sdpa_kernel(SDPBackend.MATH), counter:
                     oracle.call(moved, on_device)
                 return counter.get_total_flops() // 2, device
             except Exception:  # tried in another way; the caller notes that none worked
@@ -76,7 +81,7 @@ def child(network: networks.Network, engine: str, path: Path, limit: int) -> Non
     """The body of a forked child."""
     start = time.process_time()
     resource.setrlimit(resource.RLIMIT_CPU, (int(start) + limit, int(start) + limit + 2))
-    facts: dict[str, Any] = {"network": network.name, "engine": engine, "phase": "start"}
+    facts: dict[str, Any] = {"network": network.name, "engine": engine, "cpu_limit": limit, "phase": "start"}
 
     def note(**more: Any) -> None:
         facts.update(more, cpu_seconds=round(time.process_time() - start, 2))

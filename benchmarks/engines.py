@@ -74,7 +74,6 @@ def metaprune(model: nn.Module, inputs: Any, note: Note) -> Result:
         "macs_stated_after": pruned.cost["after"].macs,
         "params_stated_after": pruned.cost["after"].params,
         "notes": [note for note in pruned.notes if "fails the certificate" in note],
-        "certificate": str(pruned.certificate)[:300],
     }
     return Result(pruned.module, pruned.kept, facts)
 

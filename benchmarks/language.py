@@ -82,11 +82,12 @@ DECODERS: dict[str, dict[str, Any]] = {
             "Llama Mistral Qwen2 Qwen3 Phi Phi3 Gemma Gemma2 Gemma3 "
             "GPTNeoX GPTJ OPT Bloom Falcon StableLm Starcoder2 Olmo Olmo2 "
             "Olmo3 Cohere Cohere2 Mpt CodeGen Mixtral Qwen2Moe Qwen3Moe Granite Glm Glm4 SmolLM3 Nemotron Persimmon "
-            "Helium Exaone4 Ministral Apertus Olmoe DiffLlama GPTBigCode XGLM BioGpt Ernie4_5 HunYuanDenseV1 GptOss NanoChat "
-            "Mamba Lfm2 DeepseekV2".split()
+            "Helium Exaone4 Ministral Apertus Olmoe DiffLlama GPTBigCode XGLM BioGpt Ernie4_5 HunYuanDenseV1 GptOss "
+            "NanoChat Mamba Lfm2".split()
         )
     },
     "GPTNeo": {"attention_types": [[["global", "local"], 1]], "window_size": 8, "intermediate_size": 96},
+    "DeepseekV2": LATENT,
     "DeepseekV3": LATENT | {"head_dim": 8},
     "Mamba2": {"num_heads": 8, "n_groups": 1, "chunk_size": 8},
     "Qwen3Next": {"layer_types": ["linear_attention", "full_attention"]},

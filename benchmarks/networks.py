@@ -55,7 +55,8 @@ CHANGED = {
     "deit3_small_patch16_224": {"depth": 4},
     "vit_relpos_small_patch16_224": {"depth": 4},
 }  # fewer layers of the same kind, for time
-WHOLE_TIMM = "lambda_resnet26t mvitv2_tiny volo_d1_224 botnet26t_256 halonet26t sebotnet33ts_256 hiera_tiny_224".split()
+WHOLE_TIMM = """bat_resnext26ts lambda_resnet26t mvitv2_tiny volo_d1_224 botnet26t_256 halonet26t
+sebotnet33ts_256 hiera_tiny_224""".split()
 
 
 @dataclass(frozen=True)

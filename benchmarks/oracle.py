@@ -27,7 +27,15 @@ from torch import Tensor, nn
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 Positions = dict[str, list[Tensor]]  # tensor name -> kept positions of every dimension
-ALLOWANCES = ((), ("layer",), ("layer", "rms"), ("layer", "rms", "scale"), ("layer", "scale"), ("scale",))
+# Whose statistics are taken over the kept channels (`layer` and group norms, `rms` norms, norms `written` by hand; with
+# `silent`, kept means heard), and whether the `scale` of attention is held fixed; fewest first.
+ALLOWANCES = [
+    text.split()
+    for text in (
+        "", "layer", "scale", "layer rms", "layer written", "layer scale", "layer silent", "layer rms written",
+        "layer rms scale", "layer rms silent", "layer written scale", "layer rms written scale",
+    )
+]  # fmt: skip
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 
 
@@ -250,7 +258,8 @@ def _compare(
         for x in both:
             with FixedScale() if "scale" in allowance else nullcontext():
                 small_y = out(call(small, x))
-                with KeptStatistics("rms" in allowance) if "layer" in allowance else nullcontext():
+                kept_only = KeptStatistics("rms" in allowance, "silent" in allowance)
+                with kept_only if "layer" in allowance else nullcontext():
                     found.append(distance(small_y, out(call(wanted, x))))
         return found
 
@@ -264,16 +273,16 @@ def _compare(
         "effect_of_input": distance(out(call(small, both[1])), cut),
     }
     alive = min(report.values()) > 1e-6
-    best: tuple[float, Sequence[str]] = (float("inf"), ())
-    aware = with_kept_norms(copy.deepcopy(reference), dense, positions, rescaled)
+    best: tuple[float, Sequence[str]] = (float("inf"), [])
+    by_hand = with_kept_norms(copy.deepcopy(reference), dense, positions, rescaled)
     for allowance in ALLOWANCES:
-        error = max(errors(aware if "layer" in allowance else reference, allowance))
-        if allowance == ():
+        error = max(errors(by_hand if "written" in allowance else reference, allowance))
+        if not allowance:
             report["error_plain"] = error
         best = min(best, (error, allowance), key=lambda pair: pair[0])
         if error < tolerance:
             report["error"] = error
             verdict = "exact_aware" if allowance else "exact"
-            return report | {"verdict": verdict if alive else "degenerate", "allowance": list(allowance)}
+            return report | {"verdict": verdict if alive else "degenerate", "allowance": allowance}
     closest = best[0] if best[0] < float("inf") else None
     return report | {"verdict": "inexact", "error": closest, "allowance": list(best[1])}
