@@ -82,7 +82,7 @@ def distance(found: Any, expected: Any) -> float:
     left, right = flat(found), flat(expected)
     assert [t.shape for t in left] == [t.shape for t in right], "the outputs have other shapes"
     worst = 0.0
-    for a, b in zip(left, right, strict=True):
+    for a, b in zip((t.detach() for t in left), (t.detach() for t in right), strict=True):
         assert a.dtype == b.dtype
         if not a.is_floating_point():
             worst = max(worst, 0.0 if torch.equal(a, b) else float("inf"))
