@@ -7,7 +7,7 @@ evaluated for a whole population of plans at once. Nothing is ever added up per 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -34,17 +34,26 @@ class Cost:
     bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Size:
-    """Size of an axis: `constant` + sum of coefficient * product of the kept counts of `groups`."""
+    """Size of an axis, a polynomial in the kept counts.
+
+    Attributes:
+        constant: What always stays.
+        groups: Groups that stand on the axis alone, shape [terms].
+        weights: Positions per unit of each of them, shape [terms].
+        products: Coefficient and groups of the terms of higher degree.
+    """
 
     constant: float
-    terms: tuple[tuple[float, tuple[int, ...]], ...] = ()
+    groups: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    weights: Counts = field(default_factory=lambda: np.empty(0))
+    products: tuple[tuple[float, tuple[int, ...]], ...] = ()
 
     def at(self, kept: Counts) -> Counts:
         """Value for kept counts of shape [plans, groups]; shape [plans]."""
-        total = np.full(len(kept), self.constant)
-        for coefficient, groups in self.terms:
+        total: Counts = kept[:, self.groups] @ self.weights + self.constant
+        for coefficient, groups in self.products:
             total = total + coefficient * kept[:, list(groups)].prod(axis=1)
         return total
 
@@ -58,6 +67,7 @@ class Costs:
     def __init__(self, coupling: Coupling) -> None:
         self._coupling = coupling
         self._cache: dict[int, tuple[Axis, Size]] = {}
+        self._polynomials: dict[bytes, Size] = {}
 
     @cached_property
     def sizes(self) -> Counts:
@@ -131,22 +141,33 @@ class Costs:
             return Size(axis.size * scale)
         key = id(axis.ids)
         if key not in self._cache:
-            self._cache[key] = (axis, self._polynomial(axis))
+            content = self._coupling.root[axis.ids].tobytes()
+            if content not in self._polynomials:
+                self._polynomials[content] = self._polynomial(axis)
+            self._cache[key] = (axis, self._polynomials[content])
         return self._cache[key][1]
 
     def _polynomial(self, axis: Axis) -> Size:
-        owners = [np.where(u >= 0, self._coupling.owner[u], -1) for u in self._coupling.units(axis)]
+        free = np.array([not group.pinned for group in self._coupling.groups])
+        owners = []
+        for units in self._coupling.units(axis):
+            owner = np.where(units >= 0, self._coupling.owner[units], -1)
+            owners.append(np.where((owner >= 0) & free[owner], owner, -1))
         if not owners:
             return Size(axis.size)
-        table, counts = np.unique(np.stack(owners), axis=1, return_counts=True)
-        constant, terms = 0.0, []
-        for combination, count in zip(table.T, counts.tolist(), strict=True):
-            groups = tuple(g for g in combination.tolist() if g >= 0 and not self._coupling.groups[g].pinned)
-            if groups:
-                terms.append((count / float(self.sizes[list(groups)].prod()), groups))
+        if len(owners) == 1:
+            counts = np.bincount(owners[0] + 1)
+            groups = np.flatnonzero(counts[1:])
+            return Size(float(counts[0]), groups, counts[groups + 1] / self.sizes[groups])
+        table, numbers = np.unique(np.stack(owners), axis=1, return_counts=True)
+        constant, products = 0.0, []
+        for combination, count in zip(table.T, numbers.tolist(), strict=True):
+            together = tuple(g for g in combination.tolist() if g >= 0)
+            if together:
+                products.append((count / float(self.sizes[list(together)].prod()), together))
             else:
                 constant += count
-        return Size(constant, tuple(terms))
+        return Size(constant, products=tuple(products))
 
     def _macs(self, node: Node) -> list[Term]:
         from metaprune.graphs.rules import lookup
@@ -182,7 +203,7 @@ class Costs:
             dots = len(sizes) - len(count)
             names = [*count[:head], *(f".{dots - 1 - i}" for i in range(dots)), *count[head:]]
             for name, size in zip(names, sizes, strict=True):
-                if name not in letters or letters[name] == Size(1.0):
+                if name not in letters or (letters[name].constant == 1 and not letters[name].products):
                     letters[name] = size
         return tuple(letters.values())
 

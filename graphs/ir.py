@@ -213,6 +213,16 @@ class Graph:
 
         return run(self, params, inputs, gates, training)
 
+    def check_finite(self) -> None:
+        """Raises `GraphError` naming a parameter that is not finite, or a buffer that holds NaN."""
+        for info in self.tensors.values():
+            value = self.values[info.name].detach()
+            if value.is_meta or not value.is_floating_point() or bool(torch.isfinite(value.sum())):
+                continue
+            bad = ~torch.isfinite(value) if info.kind == "parameter" else torch.isnan(value)
+            if bool(bad.any()):
+                raise GraphError(f"{info.kind} {info.name} holds a value that is not finite")
+
     def networkx(self) -> nx.DiGraph:
         """The graph as a `networkx.DiGraph`; node attributes `op`, `shape`, `module`."""
         view = nx.DiGraph()

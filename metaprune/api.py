@@ -127,6 +127,7 @@ def apply(graph: Graph, plan: Plan, certify: bool = True) -> Pruned:
     """
     if plan.graph and plan.graph != graph.fingerprint:
         raise PlanError("the plan was made for another network: its axis table differs")
+    graph.check_finite()
     incision = cut(graph, plan.keep)
     counts = graph.coupling.costs.sizes.copy()
     for name, units in plan.keep.items():

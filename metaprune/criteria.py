@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from metaprune.graphs.errors import MetapruneError, OptionError
+from metaprune.graphs.errors import OptionError
 from metaprune.graphs.groups import Group
 
 
 class Weights:
-    """A network's tensors, with their squared sums per position computed once and shared by all groups that ask.
+    """A network's parameters, with their squared sums per position computed once and shared by all groups that ask.
 
     A dense block's last layer is read by every group before it: without sharing, the cost would be quadratic.
     """
@@ -22,7 +22,7 @@ class Weights:
         self._energy: dict[tuple[str, int], torch.Tensor] = {}
 
     def energy(self, tensor: str, dim: int) -> torch.Tensor:
-        """Sum of squares of each position along a dimension, shape [size]; raises `MetapruneError` if not finite."""
+        """Sum of squares of each position along a dimension, shape [size]."""
         key = (tensor, dim)
         if key not in self._energy:
             value = self.values[tensor].detach()
@@ -31,8 +31,6 @@ class Weights:
             else:
                 squares = self._squares(tensor, value, dim)
                 found = squares.sum([d for d in range(squares.ndim) if d != dim]) if squares.ndim > 1 else squares
-                if not bool(torch.isfinite(found).all()):
-                    raise MetapruneError(f"tensor {tensor} holds a value that is not finite")
             self._energy[key] = found.float().cpu()
         return self._energy[key]
 
@@ -59,6 +57,8 @@ def magnitude(group: Group, weights: Weights) -> torch.Tensor:
     """
     total = torch.zeros(group.size)
     for part in group.slices:
+        if part.tensor not in weights.values:
+            continue  # a buffer, such as running statistics
         total += weights.energy(part.tensor, part.dim)[torch.from_numpy(part.index)].sum(1)
     score = total.sqrt()
     mean = score.mean()

@@ -54,7 +54,8 @@ def make_plan(
         and (not only or _matches(group, only))
         and (kinds is None or group.kind in kinds)
     ]
-    weights = criteria.Weights(graph.values)
+    graph.check_finite()
+    weights = criteria.Weights({n: graph.values[n] for n, info in graph.tensors.items() if info.kind == "parameter"})
     scores = [score(groups[i], weights).double().numpy() for i in free]
     step = [round_to if groups[i].kind in _COUNTED_IN_STEPS and groups[i].size >= round_to else 1 for i in free]
     least = [min(max(groups[i].minimum, s if s > 1 else 1), groups[i].size) for i, s in zip(free, step, strict=True)]
