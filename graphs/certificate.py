@@ -14,13 +14,13 @@ from torch import nn
 from metaprune.graphs import structure
 from metaprune.graphs.errors import CertificateError, MetapruneError
 from metaprune.graphs.ir import Graph
-from metaprune.graphs.reference import Channels, names_of, run_exact
+from metaprune.graphs.reference import Channels, Weights, names_of, run_exact
 from metaprune.graphs.structure import Ref
 from metaprune.graphs.surgery import Incision
 
 TOLERANCE = 1e-9
 _NORMS = ("layer_norm", "group_norm")
-_INPUTS = 2
+_SCALES = (1.0, 3.0)  # of the noise in each draw of inputs
 
 
 @dataclass(frozen=True)
@@ -63,26 +63,47 @@ class Prover:
         self._incision = incision
         self._canonical = {alias: info.name for info in graph.tensors.values() for alias in info.aliases}
         self._revived: dict[str, torch.Tensor] = {}
-        rows = min((x.shape[0] for x in graph.example.values() if x.ndim), default=1)
-        self._leaves = [self._draw(seed + i) for i in range(1 if rows >= _INPUTS else _INPUTS)]
-        self._inputs = len(self._leaves) * rows
         self._revive(seed)
+        self._leaves = [self._draw(seed + i, scale) for i, scale in enumerate(_SCALES)]
+        rows = min((x.shape[0] for x in graph.example.values() if x.ndim), default=1)
+        self._inputs = len(self._leaves) * rows
+        self._jitter = False
         self._aware = self._norms()
         self._wiring = self._reference(self._aware)
         self._function = self._reference({}) if self._aware else self._wiring
 
     def certify(self, module: nn.Module) -> Certificate:
-        """Measures one candidate."""
+        """Measures one candidate.
+
+        First every tensor is compared with the part of the original it claims to be; then outputs are compared on
+        random inputs, once with the weights as they are and once with biases and other vectors moved at random, so
+        that no error hides behind a unit that happens to be silent.
+        """
+        if not self._tensors_agree(module):
+            return Certificate(math.inf, math.inf, 0, 0, tuple(self._revived))
         names = names_of(module, self._canonical)
-        try:
-            found = [run_exact(module, self._call(leaves), names, self._cut_weight) for leaves in self._leaves]
-        except MetapruneError:
-            raise
-        except Exception as error:
-            text = str(error).splitlines() or [""]
-            raise CertificateError(f"the pruned network does not run: {type(error).__name__}: {text[0]}") from error
+        found = self._run(module, names, self._cut_weight, {}, "the pruned network does not run")
         wiring, function = _distance(found, self._wiring), _distance(found, self._function)
         return Certificate(wiring, function, len(found[0]), self._inputs, tuple(self._revived))
+
+    def _tensors_agree(self, module: nn.Module) -> bool:
+        own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+        for info in self._graph.tensors.values():
+            original = self._graph.values[info.name]
+            if original.is_meta:
+                continue
+            expected = self._incision.carry(info.name, original)
+            for name in info.aliases:
+                if name not in own:
+                    continue
+                value = own[name].detach()
+                if value.shape != expected.shape or value.dtype != expected.dtype:
+                    return False
+                scaled = name in self._incision.scales
+                close = torch.allclose(value, expected, rtol=1e-5) if scaled else torch.equal(value, expected)
+                if not close and not bool(torch.isnan(expected).any()):
+                    return False
+        return True
 
     # ---- the two sides
 
@@ -90,21 +111,38 @@ class Prover:
         source = self._graph.source
         assert source is not None
         names = names_of(source, self._canonical)
+        return self._run(source, names, self._masked_weight, channels, "the network can not be run in float64")
+
+    def _run(
+        self, module: nn.Module, names: Mapping[int, str], weights: Weights, channels: Mapping[str, Channels], what: str
+    ) -> list[list[torch.Tensor]]:
+        """Outputs on every draw of inputs, the later ones with jittered vectors."""
+        results = []
         try:
-            return [
-                run_exact(source, self._call(leaves), names, self._masked_weight, channels) for leaves in self._leaves
-            ]
+            for number, leaves in enumerate(self._leaves):
+                self._jitter = number > 0
+                results.append(run_exact(module, self._call(leaves), names, weights, channels))
         except MetapruneError:
             raise
         except Exception as error:
             text = str(error).splitlines() or [""]
-            raise CertificateError(
-                f"the network can not be run in float64: {type(error).__name__}: {text[0]}"
-            ) from error
+            raise CertificateError(f"{what}: {type(error).__name__}: {text[0]}") from error
+        return results
 
     def _full_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         full = self._revived.get(name, self._graph.values.get(name, tensor)).detach()
-        return full.double() if full.is_floating_point() else full
+        if not full.is_floating_point():
+            return full
+        full = full.double()
+        if self._jitter and self._moves(name, full):
+            generator = torch.Generator().manual_seed(crc32(name.encode()))
+            noise = torch.randn(full.shape, generator=generator, dtype=torch.float64).to(full.device)
+            full = full + noise * (0.2 * full.abs().mean() + 0.02)
+        return full
+
+    def _moves(self, name: str, full: torch.Tensor) -> bool:
+        """Whether the second draw moves a tensor: vectors that are cut, except variances."""
+        return full.ndim == 1 and name in self._incision.kept and not name.endswith("running_var")
 
     def _masked_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         full = self._full_weight(name, tensor)
@@ -118,10 +156,10 @@ class Prover:
         return full
 
     def _cut_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A candidate's own tensor; where a tensor was revived, the cut of the revived one."""
-        if name in self._revived:
-            return self._incision.carry(name, self._revived[name].double())
-        if name in self._incision.scales:
+        """A candidate's own tensor; where the original is revived, rescaled or moved, the cut of that."""
+        if name in self._revived or name in self._incision.scales:
+            return self._incision.carry(name, self._full_weight(name, tensor))
+        if self._jitter and name in self._graph.values and self._moves(name, self._graph.values[name]):
             return self._incision.carry(name, self._full_weight(name, tensor))
         return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
 
@@ -139,7 +177,7 @@ class Prover:
 
         return call
 
-    def _draw(self, seed: int) -> dict[str, torch.Tensor]:
+    def _draw(self, seed: int, scale: float) -> dict[str, torch.Tensor]:
         """Random inputs like the example: noise on floats, every row of integers rolled by another amount."""
         generator = torch.Generator().manual_seed(seed)
         leaves: dict[str, torch.Tensor] = {}
@@ -147,7 +185,7 @@ class Prover:
             value = value.detach()
             if value.is_floating_point():
                 noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
-                leaves[name] = value.double() + noise
+                leaves[name] = value.double() + scale * noise
             elif value.ndim > 1 and value.dtype is not torch.bool:
                 leaves[name] = torch.stack([row.roll(seed + i, -1) for i, row in enumerate(value)])
             else:

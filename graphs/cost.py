@@ -116,13 +116,16 @@ class Costs:
                 found["params"].append(tuple(Size(n) for n in info.shape))
         return found
 
-    def shape(self, node: Node) -> list[Size]:
-        """Sizes of the axes of a node's (first) value, batched dimensions scaled to the caller's batch."""
+    def shape(self, node: Node, inside: bool = False) -> list[Size]:
+        """Sizes of the axes of a node's (first) value, batched dimensions scaled to the caller's batch.
+
+        An operator that runs on filled-up axes has them whole `inside`; what it hands on is cut again.
+        """
         axes = self._coupling.values(node)[0]
         meta = node.meta if isinstance(node.meta, Meta) else node.meta[0]  # type: ignore[index]
         assert isinstance(meta, Meta)
         batched = meta.batched or (False,) * len(axes)
-        restricted = self._coupling.flow.restricted.get(node.name, set())
+        restricted = self._coupling.flow.restricted.get(node.name, set()) if inside else set()
         return [
             self._size(axis, self._coupling.graph.batch if grows else 1.0) if d not in restricted else Size(axis.size)
             for d, (axis, grows) in enumerate(zip(axes, batched, strict=True))
@@ -186,7 +189,7 @@ class Costs:
         sizes: list[Size] = []
         for factor in factors:
             name, _, part = factor.partition("[")
-            shape = self.shape(node) if name == "out" else self._operand(node, bound[operands[int(name)]])
+            shape = self.shape(node, inside=True) if name == "out" else self._operand(node, bound[operands[int(name)]])
             if part:
                 start, colon, _ = part.rstrip("]").partition(":")
                 shape = shape[int(start) :] if colon else [shape[int(start)]]

@@ -260,6 +260,10 @@ class Flow:
         factors = self._splits[key][1]
         return tuple(factor.with_zero(axis.all_zero if len(sizes) > 1 else axis.zero) for factor in factors)
 
+    def is_split(self, axis: Axis, sizes: Sequence[int]) -> bool:
+        """Whether this split of this axis has been made."""
+        return (id(axis.ids), tuple(sizes)) in self._splits
+
     def merge(self, axes: Sequence[Axis], op: str) -> Axis:
         """The row-major product of axes as one axis."""
         if len(axes) == 1:
@@ -322,7 +326,8 @@ class Flow:
         if not np.all(axis.zero):
             leak = axis.ids if np.ndim(axis.zero) == 0 else axis.ids[~axis.zero]
             self.atoms.pin(leak, f"{op} mixes its positions, which do not vanish with the unit")
-            return False
+            if not np.any(axis.zero):
+                return False
         if not self.meta(ref).is_float:
             self.pin(axis, f"{op} mixes its positions")
             return False

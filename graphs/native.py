@@ -31,27 +31,33 @@ _SHAPES: tuple[tuple[type[nn.Module], tuple[tuple[str, str, int], ...]], ...] = 
 )  # attribute, tensor, dimension: what torch's own layers say of their tensors
 
 
-def candidates(graph: Graph, incision: Incision) -> Iterator[nn.Module]:
-    """Native modules to be verified; an attribute that could mean two sizes gives several."""
+def candidates(graph: Graph, incision: Incision, whole: bool = False) -> Iterator[nn.Module]:
+    """Native modules to be verified; an attribute that could mean two sizes gives several.
+
+    Args:
+        graph: The graph of the original.
+        incision: The cut.
+        whole: Whether tensors that were not cut come from the incision's graph too, not from the original.
+    """
     source = graph.source
     if source is None:
         return
     base, choices = _attributes(source, incision)
     keys = list(choices)
     for values in islice(product(*(choices[key] for key in keys)), _ATTEMPTS):
-        module = _copy(source, graph, incision)
+        module = _copy(source, incision, whole)
         edits = [*base, *((path, name, value) for (path, name), value in zip(keys, values, strict=True))]
         for path, name, value in edits:
             object.__setattr__(module.get_submodule(path), name, value)
         yield module
 
 
-def _copy(source: nn.Module, graph: Graph, incision: Incision) -> nn.Module:
+def _copy(source: nn.Module, incision: Incision, whole: bool) -> nn.Module:
     """A deep copy whose tensors are the cut ones; the big ones are never copied whole."""
     memo: dict[int, Any] = {}
     tensors = dict(source.named_parameters(remove_duplicate=False)) | dict(source.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
-        if name in incision.kept and id(tensor) not in memo:
+        if (whole or name in incision.kept) and name in incision.graph.values and id(tensor) not in memo:
             cut = incision.graph.values[name]
             memo[id(tensor)] = (
                 nn.Parameter(cut, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut

@@ -34,15 +34,21 @@ class Exact(TorchFunctionMode):
         names: Name of each of the network's tensors, by identity.
         weights: Gives the float64 tensor that stands for a named one.
         channels: For layer and group norms: kept positions of each dimension of a weight, by its name.
+        eps: Epsilon of root-mean-square norms that leave it to the dtype of the original.
     """
 
     def __init__(
-        self, names: Mapping[int, str], weights: Weights, channels: Mapping[str, Channels] | None = None
+        self,
+        names: Mapping[int, str],
+        weights: Weights,
+        channels: Mapping[str, Channels] | None = None,
+        eps: float = 0.0,
     ) -> None:
         super().__init__()
         self._names = names
         self._weights = weights
         self._lifted: dict[int, str] = {}
+        self._eps = eps
         self._depth = 0
         self._inner = _Double(self, channels or {})
 
@@ -53,6 +59,10 @@ class Exact(TorchFunctionMode):
             found = func(*args, **kwargs)
             return torch.float64 if isinstance(found, torch.dtype) and found in _LOW else found
         new_args, new_kwargs = tree_map(self.lift, args), tree_map(self.lift, kwargs)
+        if getattr(func, "__name__", "") == "rms_norm" and new_kwargs.get("eps") is None and len(new_args) < 4:
+            new_kwargs["eps"] = self._eps
+        elif getattr(func, "__name__", "") == "rms_norm" and len(new_args) > 3 and new_args[3] is None:
+            new_args = (*new_args[:3], self._eps)
         self._depth += 1
         try:
             with self._inner:
@@ -194,7 +204,8 @@ def run_exact(
     """Float64 tensors that a call of the module returns, in order of its output structure."""
     from metaprune.graphs.structure import take_apart
 
-    with evaluated(module), Exact(names, weights, channels):
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    with evaluated(module), Exact(names, weights, channels, torch.finfo(dtype).eps):
         result = call(module)
     found: list[torch.Tensor] = []
     take_apart(result, found.append, lambda _, value: None)

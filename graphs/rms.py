@@ -67,7 +67,7 @@ def _spelled(graph: Graph, mean: Node) -> RmsNorm | None:
     dims = {d for name, d in graph.coupling.flow.filled[mean.name] if name == square.name}
     rank = len(graph.nodes[square.name].shape)
     given = operators.bind(mean.op, mean.args, dict(mean.kwargs)).get("dim")
-    if {d % rank for d in (given if isinstance(given, tuple) else (given,))} != dims:
+    if given is None or {d % rank for d in (given if isinstance(given, tuple) else (given,))} != dims:
         return None
     add = _next(graph, mean, "add")
     epsilon = next((a for a in add.args if isinstance(a, float)), None) if add else None

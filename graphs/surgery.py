@@ -138,6 +138,8 @@ class Cut:
 
     def factor(self, value: Ref, dim: int, sizes: tuple[int, ...], which: int) -> int:
         """Size after the cut of one factor of an axis that an operator splits."""
+        if not self.flow.is_split(self.flow.of(value)[dim], sizes):
+            return sizes[which]
         factor = self.flow.split(self.flow.of(value)[dim], sizes, "")[which]
         mask = self.axis_mask(factor)
         return factor.size if mask is None else int(mask.sum())
@@ -265,7 +267,7 @@ class Cut:
             bound = operators.bind(node.op, node.args, dict(node.kwargs))
             result = rule.rewrite(self, node, bound)
             if isinstance(result, dict):
-                self._note(node, bound, result)
+                self.note(node, bound, result)
                 result = self._rebuilt(node, bound, result)
         if result is None:
             result = self._plain(node)
@@ -326,7 +328,7 @@ class Cut:
         kwargs = {a.name: self._use(new[a.name]) for a in schema.arguments if a.kwarg_only and a.name in changed}
         return self._add(node.op, args, kwargs, self._meta(node), node.module)
 
-    def _note(self, node: Node, old: Bound, new: Bound) -> None:
+    def note(self, node: Node, old: Bound, new: Bound) -> None:
         """Remembers numbers of the call that changed, for the attributes of the module that wrote them."""
         for name, value in new.items():
             before = old.get(name)

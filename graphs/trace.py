@@ -22,6 +22,9 @@ from metaprune.graphs.functionalise import Functionaliser, Handle, functional, i
 from metaprune.graphs.ir import Graph, Meta, Node, Signature, TensorInfo, Training, live_nodes, verify
 from metaprune.graphs.structure import Ref
 
+_FOLLOW_MODE = frozenset(
+    "batch_norm dropout feature_dropout alpha_dropout feature_alpha_dropout lstm gru rnn_tanh rnn_relu".split()
+)
 _GUARDS = ("_assert", "sym_constrain_range", "sym_constrain_range_for_size")
 _REGIONS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
@@ -97,8 +100,10 @@ def _from_program(program: ExportedProgram) -> Graph:
     spec = torch.utils._pytree.tree_map(
         lambda v: Ref(next(names)) if isinstance(v, torch.Tensor) else v, (args, kwargs)
     )
-    output = torch.utils._pytree.tree_unflatten(reader.outputs, program.call_spec.out_spec)
-    output = structure.take_apart(output, lambda t: t, lambda _, v: v)
+    stand_ins = [torch.empty(0) for _ in reader.outputs]
+    by_identity = {id(tensor): ref for tensor, ref in zip(stand_ins, reader.outputs, strict=True)}
+    output = torch.utils._pytree.tree_unflatten(stand_ins, program.call_spec.out_spec)
+    output = structure.take_apart(output, lambda tensor: by_identity[id(tensor)], lambda _, v: v)
     signature = Signature(tuple(kwargs), (tuple(spec[0]), spec[1]), output)
     return reader.graph(signature, model, [v for v in flat if isinstance(v, torch.Tensor)], 1.0, [])
 
@@ -182,13 +187,20 @@ def _dims(
         except (IndexError, KeyError):
             raise TraceError(f"dynamic: there is no argument {key!r}") from None
         for name in structure.refs(argument):
-            wanted[int(name[2:])].update(dims)
+            number = int(name[2:])
+            if any(not 0 <= d < leaves[number].ndim for d in dims):
+                raise TraceError(f"dynamic: argument {key!r} has {leaves[number].ndim} dimensions, not {tuple(dims)}")
+            wanted[number].update(dims)
     return (tuple(dict.fromkeys(sorted(dims), Dim.AUTO) or None for dims in wanted),)
 
 
 def _export(wrapper: nn.Module, leaves: Sequence[torch.Tensor], dims: Any) -> ExportedProgram:
+    from torch._dynamo import config  # torch.export loads it in any case
+
     try:
-        return torch.export.export(wrapper, tuple(leaves), dynamic_shapes=dims, strict=False)
+        # the exporter keeps every traced shape environment, and each of them a cache: without it memory stays flat
+        with config.patch(fake_tensor_cache_enabled=False):
+            return torch.export.export(wrapper, tuple(leaves), dynamic_shapes=dims, strict=False)
     except MetapruneError:
         raise
     except Exception as error:
@@ -438,7 +450,7 @@ def _mode(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, 
     if schema is None:
         return op, args, kwargs
     base = op.split(".")[1]
-    if base in ("batch_norm", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
+    if base in _FOLLOW_MODE:
         bound = operators.bind(op, args, kwargs)
         key = "training" if base == "batch_norm" else "train"
         if bound[key] is False:

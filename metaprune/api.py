@@ -195,10 +195,11 @@ def load(directory: str | Path, into: nn.Module | None = None) -> nn.Module:
     if stored.plan.graph != graph.fingerprint:
         raise PlanError("into: the module is not the network this folder was made from")
     incision = cut(graph, stored.plan.keep)
-    incision.graph.values.update({n: v for n, v in stored.graph.values.items() if n in incision.graph.values})
+    saved_values = {name: v for name, v in stored.graph.values.items() if name in incision.graph.values}
+    incision.graph.values.update(saved_values)
     expected = _flat(execute(stored.graph, stored.graph.values, stored.graph.example))
-    for module in native.candidates(graph, incision):
-        if _same(module, incision.graph, expected):
+    for module in native.candidates(graph, incision, whole=True):
+        if _same(module, stored.graph, expected):
             return module
     raise MetapruneError("into: no native form of this module equals the saved network; load it without `into`")
 
@@ -293,6 +294,8 @@ def _culprits(graph: Graph, plan: Plan) -> list[str]:
             yield names[0]
             return
         half = len(names) // 2
+        if not half:
+            return
         found = [*search(names[:half]), *search(names[half:])]
         yield from found or names
 

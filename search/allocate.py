@@ -15,6 +15,7 @@ from metaprune.search.budget import Budget
 
 Counts = NDArray[np.float64]
 FLOOR = 0.1
+_TRIALS = 64  # groups tried one by one once no more of them fit together
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,19 +134,28 @@ def _ratio(problem: Problem, name: str) -> float:
 
 
 def _filled(problem: Problem, kept: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Gives single steps back where they fit under the budget, groups in the given order, until none fits."""
-    kept = kept.copy()
-    waiting = list(dict.fromkeys([*order.tolist(), *range(len(kept))]))
-    while waiting:
-        trials = np.tile(kept, (len(waiting), 1))
-        rows = np.arange(len(waiting))
-        trials[rows, waiting] = np.minimum(trials[rows, waiting] + problem.step[waiting], problem.sizes[waiting])
-        fits = problem.budget.excess(problem.costs, problem.full(trials)) <= 1
-        fits &= trials[rows, waiting] > kept[waiting]
-        waiting = [g for g, ok in zip(waiting, fits, strict=True) if ok]
-        if waiting:
-            kept[waiting[0]] = trials[np.flatnonzero(fits)[0], waiting[0]]
-            waiting = [*waiting[1:], waiting[0]]
+    """Gives single steps back under the budget: to as long a prefix of `order` as fits, then where one more fits."""
+    first = np.array(list(dict.fromkeys([*order.tolist(), *range(len(kept))])), dtype=np.int64)
+
+    def raised(count: int) -> NDArray[np.int64]:
+        more = kept.copy()
+        chosen = first[:count]
+        more[chosen] = np.minimum(more[chosen] + problem.step[chosen], problem.sizes[chosen])
+        return more
+
+    low, high = 0, len(first)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if problem.excess(raised(middle)) <= 1:
+            low = middle
+        else:
+            high = middle - 1
+    kept = raised(low)
+    for group in first[low : low + _TRIALS].tolist():
+        more = kept.copy()
+        more[group] = min(more[group] + problem.step[group], problem.sizes[group])
+        if problem.excess(more) <= 1:
+            kept = more
     return kept
 
 

@@ -186,6 +186,10 @@ ROWS: dict[str, Rule] = {
     "aten.baddbmm": signature(
         "h a i, h i b, h a b -> h a b", "batch1 batch2 self", "0*1+2", "out 0[-1]", roles="h=heads"
     ),
+    "aten._grouped_mm": signature("s i, e i o, e -> s o", "self mat2 offs", "0*1", "out 0[-1]", pin="e", roles="o=ffn"),
+    "transformers.grouped_mm_fallback": signature(
+        "s i, e i o, e -> s o", "input weight offs", "0*1", "out 0[-1]", pin="e", roles="o=ffn"
+    ),
     "aten.mv": signature("a i, i -> a", "self vec", "0*1", "out 0[-1]"),
     "aten.dot": signature("i, i -> ", "self tensor", "0*1", "0"),
     "aten.outer": signature("a, b -> a b", "self vec2", "0*1"),

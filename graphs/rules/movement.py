@@ -58,7 +58,9 @@ def _sizes(argument: str) -> Any:
 def _view(cut: Cut, node: Node, bound: Bound) -> Any:
     """After a cut memory need no longer be contiguous: a view becomes a reshape."""
     key = "size" if "size" in bound else "shape"
-    sizes = _sizes(key)(cut, node, bound)[key]
+    new = _sizes(key)(cut, node, bound)
+    cut.note(node, bound, new)
+    sizes = new[key]
     return cut.emit("aten.reshape.default", (bound["self"], sizes), node)
 
 
@@ -283,9 +285,15 @@ def _pad_kept(cut: Cut, node: Node, bound: Bound) -> Bound:
     return {**bound, "pad": tuple(amounts)}
 
 
+def _pin_space(state: Flow, axes: Axes) -> None:
+    for axis in axes:
+        state.pin(axis, "a position in space")
+
+
 def _pixel_shuffle(state: Flow, node: Node, bound: Bound) -> Axes:
     """Blocks of r * r channels become one channel: they go together."""
     axes, block = state.of(bound["self"]), bound["upscale_factor"] ** 2
+    _pin_space(state, axes[-2:])
     size = axes[-3].size // block
     channels = state.coarse(axes[-3], np.repeat(np.arange(size), block), size)
     return (*axes[:-3], channels, *(state.fixed(n, "a position in space") for n in node.shape[-2:]))
@@ -294,8 +302,7 @@ def _pixel_shuffle(state: Flow, node: Node, bound: Bound) -> Axes:
 def _pixel_unshuffle(state: Flow, node: Node, bound: Bound) -> Axes:
     axes, block = state.of(bound["self"]), bound["downscale_factor"] ** 2
     channels = axes[-3].take(np.repeat(np.arange(axes[-3].size), block))
-    for axis in axes[-2:]:
-        state.pin(axis, "a position in space")
+    _pin_space(state, axes[-2:])
     return (*axes[:-3], channels, *(state.fixed(n, "a position in space") for n in node.shape[-2:]))
 
 
@@ -313,6 +320,7 @@ def _shuffle_groups(cut: Cut, node: Node, bound: Bound) -> Bound:
 def _im2col(state: Flow, node: Node, bound: Bound) -> Axes:
     """Every channel becomes a block of channels, one for each position under the kernel."""
     axes = state.of(bound["self"])
+    _pin_space(state, axes[-2:])
     block = node.shape[-2] // axes[-3].size
     channels = axes[-3].take(np.repeat(np.arange(axes[-3].size), block))
     return (*axes[:-3], channels, state.fixed(node.shape[-1], "a position in space"))
@@ -320,6 +328,7 @@ def _im2col(state: Flow, node: Node, bound: Bound) -> Axes:
 
 def _col2im(state: Flow, node: Node, bound: Bound) -> Axes:
     axes, size = state.of(bound["self"]), node.shape[-3]
+    _pin_space(state, axes[-1:])
     channels = state.coarse(axes[-2], np.repeat(np.arange(size), axes[-2].size // size), size)
     return (*axes[:-2], channels, *(state.fixed(n, "a position in space") for n in node.shape[-2:]))
 
@@ -385,7 +394,7 @@ ROWS: dict[str, Rule] = {
         f"aten.{name}": _IDENTITY
         for name in (
             "clone contiguous to _to_copy detach alias lift_fresh_copy lift_fresh dropout feature_dropout "
-            "alpha_dropout feature_alpha_dropout type_as float double half positive requires_grad_ cpu cuda "
+            "alpha_dropout feature_alpha_dropout type_as positive requires_grad_ cpu cuda "
             "resolve_conj resolve_neg"
         ).split()
     },

@@ -97,7 +97,7 @@ def _group_norm(state: Flow, node: Node, bound: Bound) -> Axes:
 
 def _num_groups(cut: Cut, node: Node, bound: Bound) -> Bound:
     groups = int(bound["num_groups"])
-    if cut.is_filled(node):
+    if bound.get("weight") is None:
         return bound
     return {
         **bound,
@@ -115,9 +115,9 @@ def _weight_norm(state: Flow, node: Node, bound: Bound) -> Axes:
     state.use(state.of(bound["g"]))
     state.tie([axes[dim], state.of(bound["g"])[dim]], "weight_norm")
     state.pin(axes[dim], "weight_norm divides zero by zero when it is silenced")
-    for other, axis in enumerate(axes):
-        if other != dim and axis.ids is not None and not axis.all_zero:
-            state.pin(axis, "weight_norm mixes its positions")
+    for other in range(len(axes)):
+        if other != dim:
+            state.contract(node, [(bound["v"], other, axes[other])], "weight_norm")
     return axes
 
 

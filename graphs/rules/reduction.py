@@ -105,7 +105,7 @@ ROWS: dict[str, Rule] = {
     "aten.nansum": _reduce(additive=True),
     **{f"aten.{name}": _reduce() for name in "mean amax amin norm linalg_vector_norm median any var std".split()},
     **{f"aten.{name}": _reduce(vanishes=False) for name in "prod all logsumexp argmax argmin count_nonzero".split()},
-    **{f"aten.{name}.dim": _reduce(outputs=2) for name in "max min median mode".split()},
+    **{f"aten.{name}.dim": _reduce(outputs=2) for name in "max min median".split()},
     **{f"aten.{name}.default": _reduce(dim="no dim") for name in "max min".split()},
     "aten.var_mean": _reduce(outputs=2),
     "aten.std_mean": _reduce(outputs=2),

@@ -13,15 +13,11 @@ _POOLS = [f"{kind}_pool{d}d" for kind in ("avg", "max", "adaptive_avg") for d in
 _INDEXED = [
     f"{kind}_pool{d}d{tail}" for kind, tail in (("max", "_with_indices"), ("adaptive_max", "")) for d in (1, 2, 3)
 ]
-_UPSAMPLES = [
-    f"upsample_{mode}"
-    for mode in (
-        "nearest1d nearest2d nearest3d _nearest_exact1d _nearest_exact2d _nearest_exact3d linear1d "
-        "bilinear2d bicubic2d trilinear3d bilinear2d_aa bicubic2d_aa"
-    ).split()
-] + [
-    f"_upsample_{mode}" for mode in "nearest_exact1d nearest_exact2d nearest_exact3d bilinear2d_aa bicubic2d_aa".split()
-]
+_UPSAMPLES = (
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d "
+    "upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa"
+).split()
 
 ROWS: dict[str, Rule] = {
     **{f"aten.{name}": _per_channel() for name in _POOLS},

@@ -97,6 +97,8 @@ def _pieces_kept(cut: Cut, node: Node, bound: Bound) -> Any:
     old = [piece.shape[d] for piece in node.meta]  # type: ignore[union-attr]
     bounds = np.cumsum([0, *old])
     sizes = tuple(int(mask[a:b].sum()) for a, b in pairwise(bounds.tolist()))
+    key = next(k for k in bound if k not in ("self", "dim"))
+    cut.note(node, {key: tuple(old)}, {key: sizes})
     return cut.emit("aten.split_with_sizes.default", (bound["self"], sizes, d), node)
 
 
@@ -198,7 +200,9 @@ def _index_kept(cut: Cut, node: Node, bound: Bound) -> Any:
 
 
 def _gather(state: Flow, node: Node, bound: Bound) -> Axes:
-    axes, index = state.of(bound["self"]), state.of(bound["index"])
+    axes, index = state.of(bound["self"]), state.of(bound["index"] if "index" in bound else bound["indices"])
+    if bound["dim"] is None:
+        raise Unmatched("positions in the flattened tensor")
     d = bound["dim"] % len(axes)
     state.pin(axes[d], "addressed by numbers at run time")
     out: list[Axis] = []
