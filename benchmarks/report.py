@@ -124,9 +124,10 @@ CASES = {
     "dense_80": "80 densely connected layers",
     "operators_10000": "10,000 operators",
 }
+PHASES = ("trace", "export", "groups_and_plan", "apply", "apply_certified")
 CHAINS = {
-    "residual": "residual chains, in operators",
-    "plain": "plain chains, in operators",
+    "residual": "residual chains, in nodes",
+    "plain": "plain chains, in nodes",
     "dense": "dense chains, in channel slots",
 }
 
@@ -142,23 +143,24 @@ def scaling(results: dict[str, Any]) -> None:
     """Writes the README's table of times."""
     own, peer = (results.get("cases", {}).get(engine, {}) for engine in NAMES)
     lines = [
-        "| CPU seconds of one thread | operators | trace | group and plan | cut | cut and certify | "
-        "Torch-Pruning, whole prune |\n|---|---|---|---|---|---|---|\n"
+        "| CPU seconds of one thread | nodes | trace | of that, torch.export | group and plan | cut | "
+        "cut and certify | Torch-Pruning, whole prune |\n|---|---|---|---|---|---|---|---|\n"
     ]
     for name, title in CASES.items():
         if name in own:
             facts = own[name]
-            phases = [seconds(facts, phase) for phase in ("trace", "groups_and_plan", "apply", "apply_certified")]
+            phases = [seconds(facts, phase) for phase in PHASES]
             other = seconds(peer.get(name, {}), "groups_and_plan", "apply")
             lines.append(f"| {title} | {facts.get('nodes', '-')} | {' | '.join(phases)} | {other} |\n")
     growth = results.get("exponents", {})
     lines.append(
-        "\n| growth: exponent of time | trace | group and plan | cut | cut and certify | Torch-Pruning |\n"
-        "|---|---|---|---|---|---|\n"
+        "\n| growth: exponent of time | trace | torch.export | group and plan | cut | cut and certify | "
+        "Torch-Pruning |\n"
+        "|---|---|---|---|---|---|---|\n"
     )
     for kind, title in CHAINS.items():
         slopes = growth.get("metaprune", {}).get(kind, {})
-        phases = [slopes.get(phase) for phase in ("trace", "groups_and_plan", "apply", "apply_certified")]
+        phases = [slopes.get(phase) for phase in PHASES]
         phases.append(growth.get("torch_pruning", {}).get(kind, {}).get("prune"))
         lines.append(f"| {title} | {' | '.join('-' if slope is None else f'{slope:.2f}' for slope in phases)} |\n")
     put_table("scaling", "".join(lines))

@@ -69,7 +69,10 @@ def size_of(name: str, facts: dict[str, Any]) -> float | None:
 
 
 def measure_metaprune(model: nn.Module, inputs: Any, note: Callable[..., None]) -> None:
-    """Seconds of tracing, grouping and planning, cutting, and cutting with the certificate."""
+    """Seconds of tracing, grouping and planning, cutting, and cutting with the certificate.
+
+    `export` is `torch.export` alone, once more: the part of tracing that is torch's.
+    """
     import metaprune
 
     clock = time.process_time
@@ -85,6 +88,12 @@ def measure_metaprune(model: nn.Module, inputs: Any, note: Callable[..., None]) 
     start = clock()
     metaprune.apply(graph, plan)
     note(apply_certified=clock() - start)
+    pair = tuple(torch.cat([x, x]) for x in inputs)
+    start = clock()
+    with torch.no_grad():
+        batch = tuple({0: torch.export.Dim.DYNAMIC} for _ in pair)
+        torch.export.export(model, pair, strict=False, dynamic_shapes=batch)
+    note(export=clock() - start)
 
 
 def measure_torch_pruning(model: nn.Module, inputs: Any, note: Callable[..., None]) -> None:
@@ -161,7 +170,7 @@ def exponents(cases: dict[str, dict[str, Any]], nodes: dict[str, Any]) -> dict[s
     for kind in ("residual", "plain", "dense"):
         own = {name: facts for name, facts in cases.items() if name.startswith(kind + "_")}
         table[kind] = {}
-        for phase in ("trace", "groups_and_plan", "apply", "apply_certified", "prune"):
+        for phase in ("export", "trace", "groups_and_plan", "apply", "apply_certified", "prune"):
             points = []
             for name, facts in own.items():
                 wanted = ("groups_and_plan", "apply") if phase == "prune" else (phase,)
@@ -187,9 +196,10 @@ def main() -> None:
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore")
         RESULTS.parent.mkdir(exist_ok=True)
-        results |= report.provenance(" ".join(["python", *sys.argv])) | {"repeat": options.repeat}
+        made = report.provenance(" ".join(["python", *sys.argv])) | {"repeat": options.repeat}
         cases = results.setdefault("cases", {})
         for engine in options.engines.split(","):
+            results.setdefault("made_by", {})[engine] = made
             warm(engine)
             for name in options.only.split(",") if options.only else CASES:
                 runs = []
