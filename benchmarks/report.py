@@ -136,7 +136,8 @@ def seconds(facts: dict[str, Any], *phases: str) -> str:
     """The sum of phases, or why there is none."""
     if all(phase in facts for phase in phases):
         return f"{sum(facts[phase] for phase in phases):.2f}"
-    return "not finished" if "not finished" in facts.get("error", "") else "fails" if facts else "-"
+    error = facts.get("error", "")
+    return "not finished" if "not finished" in error else "fails" if error else "-"
 
 
 def scaling(results: dict[str, Any]) -> None:
