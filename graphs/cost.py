@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from metaprune.graphs import operators
 from metaprune.graphs.flow import Axis
-from metaprune.graphs.ir import Meta, Node
+from metaprune.graphs.ir import Graph, Meta, Node
 from metaprune.graphs.structure import Ref
 
 if TYPE_CHECKING:
@@ -69,6 +69,11 @@ class Costs:
         self._cache: dict[int, tuple[Axis, Size]] = {}
         self._polynomials: dict[bytes, Size] = {}
 
+    @property
+    def graph(self) -> Graph:
+        """The graph whose cost it is."""
+        return self._coupling.graph
+
     @cached_property
     def sizes(self) -> Counts:
         """Full size of every group, shape [groups]."""
@@ -100,7 +105,7 @@ class Costs:
     @cached_property
     def terms(self) -> dict[str, list[Term]]:
         """The polynomials: each a sum of products of axis sizes."""
-        graph = self._coupling.graph
+        graph = self.graph
         found: dict[str, list[Term]] = {"macs": [], "params": [], "bytes": []}
         for node in graph.nodes.values():
             if node.op == "tensor":
@@ -180,7 +185,7 @@ class Costs:
             return []
         bound = operators.bind(node.op, node.args, dict(node.kwargs))
         if rule.macs == "einsum":
-            return [self._einsum(node, bound)]
+            return self._einsum(node, bound)
         if rule.macs == "recurrent":
             return self._recurrent(node, bound)
         return [self._product(node, bound, term.split(), rule.operands) for term in rule.macs.split("+")]
@@ -196,24 +201,64 @@ class Costs:
             sizes += shape
         return tuple(sizes)
 
-    def _einsum(self, node: Node, bound: dict[str, Any]) -> Term:
-        letters: dict[str, Size] = {}
-        for term, ref in zip(
-            bound["equation"].replace(" ", "").split("->")[0].split(","), bound["tensors"], strict=True
-        ):
-            sizes, count = self._operand(node, ref), term.replace("...", "")
-            head = term.find("...") if "..." in term else len(term)
-            dots = len(sizes) - len(count)
-            names = [*count[:head], *(f".{dots - 1 - i}" for i in range(dots)), *count[head:]]
-            for name, size in zip(names, sizes, strict=True):
-                if name not in letters or (letters[name].constant == 1 and not letters[name].products):
-                    letters[name] = size
-        return tuple(letters.values())
+    def _einsum(self, node: Node, bound: dict[str, Any]) -> list[Term]:
+        """Contraction from left to right, pair by pair, as torch does it."""
+        inputs, _, output = bound["equation"].replace(" ", "").partition("->")
+        operands = [
+            self._letters(t, self._operand(node, r)) for t, r in zip(inputs.split(","), bound["tensors"], strict=True)
+        ]
+        terms: list[Term] = []
+        left = operands[0]
+        for number, right in enumerate(operands[1:], 1):
+            both = {**left, **{k: v for k, v in right.items() if k not in left or _is_one(left[k])}}
+            terms.append(tuple(both.values()))
+            later = set(output).union(*operands[number + 1 :])
+            left = {k: v for k, v in both.items() if k in later or k.startswith(".")}
+        return terms
+
+    def _letters(self, term: str, sizes: list[Size]) -> dict[str, Size]:
+        head, dots, tail = term.partition("...")
+        count = len(sizes) - len(head) - len(tail) if dots else 0
+        names = [*head, *(f".{count - 1 - i}" for i in range(count)), *tail]
+        return dict(zip(names, sizes, strict=True))
 
     def _recurrent(self, node: Node, bound: dict[str, Any]) -> list[Term]:
         steps = self._operand(node, bound["input"])[:-1]
         weights = [self._operand(node, ref) for ref in bound["params"]]
         return [(*steps, *shape) for shape in weights if len(shape) == 2]
+
+
+class _Counted(Costs):
+    """The same sums over the shapes a graph has, without any coupling."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._plain = graph
+
+    @property
+    def graph(self) -> Graph:
+        """The graph that is counted."""
+        return self._plain
+
+    def shape(self, node: Node, inside: bool = False) -> list[Size]:
+        """Sizes of a node's (first) value as they are."""
+        meta = node.meta if isinstance(node.meta, Meta) else node.meta[0]  # type: ignore[index]
+        assert isinstance(meta, Meta)
+        batched = meta.batched or (False,) * len(meta.shape)
+        return [Size(n * (self._plain.batch if b else 1.0)) for n, b in zip(meta.shape, batched, strict=True)]
+
+    def _operand(self, node: Node, ref: Ref) -> list[Size]:
+        return self.shape(self._plain.nodes[ref.name])
+
+
+def _is_one(size: Size) -> bool:
+    return size.constant == 1 and not len(size.groups) and not size.products
+
+
+def counted(graph: Graph) -> Cost:
+    """Cost of a graph as it stands, exact for every cut."""
+    costs = _Counted(graph)
+    nothing = np.zeros((1, 0))
+    return Cost(*(round(float(costs.evaluate(what, nothing)[0])) for what in ("macs", "params", "bytes")))
 
 
 def _moves(op: str) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from metaprune.graphs.errors import GraphError
-from metaprune.graphs.operators import resolve
+from metaprune.graphs.operators import check_call
 from metaprune.graphs.structure import Ref, refs
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def verify(graph: Graph) -> None:
             if node.shape != shape:
                 raise GraphError(f"node {name} has shape {node.shape}, its tensor {node.args[0]} {shape}")
         elif node.op != "input":
-            resolve(node.op)
+            check_call(node.op, node.args, node.kwargs)
         seen.add(name)
     for ref in refs(graph.signature.output):
         if ref not in seen:

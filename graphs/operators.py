@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -79,3 +79,17 @@ def bind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, 
         elif argument.has_default_value():
             bound[argument.name] = argument.default_value
     return bound
+
+
+def check_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises `GraphError` when a call has more, fewer or other arguments than the operator's schema."""
+    schema = schema_of(name)
+    if schema is None:
+        return
+    positional = [a.name for a in schema.arguments if not a.kwarg_only]
+    given = {*positional[: len(args)], *kwargs}
+    if len(args) > len(positional) or not given <= {a.name for a in schema.arguments}:
+        raise GraphError(f"a call of {name} has arguments that the operator does not take")
+    missing = [a.name for a in schema.arguments if a.name not in given and not a.has_default_value()]
+    if missing:
+        raise GraphError(f"a call of {name} lacks the argument {missing[0]}")

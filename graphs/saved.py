@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from metaprune.graphs.plan import Plan
 from metaprune.graphs.structure import Record, Ref, Sequence
 
 SCHEMA = 1
-_FILES = ("graph.json", "plan.json", "model.safetensors", "inputs.safetensors")
-_NAME = re.compile(r"[A-Za-z0-9_.\-/]{1,512}")
-_CLASS = re.compile(
-    r"(builtins:(dict|list|tuple)|collections:OrderedDict|(transformers|torch|torchvision)(\.\w+)*:[\w.]+)"
-)
+_PART = re.compile(r"(graph|plan|model|inputs)-[0-9a-f]{16}\.(?:json|safetensors)")
+_NODE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
+_TENSOR = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_KINDS = ("parameter", "buffer", "constant")
+_PLAIN = ("builtins:dict", "builtins:list", "builtins:tuple", "collections:OrderedDict")
+_OUTPUT = re.compile(r"transformers(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_LARGEST = 2**48
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,58 +44,71 @@ class Saved:
 
 
 def save(directory: Path, graph: Graph, module: nn.Module, plan: Plan) -> None:
-    """Writes a folder; the tensors are the module's own, so a recovered network is saved as it is now."""
+    """Writes a folder; the tensors are the module's own, so a recovered network is saved as it is now.
+
+    Parts are named after their content and the manifest that lists them is replaced last, so that a folder always
+    holds the old network or the new one.
+    """
     tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     values = {name: tensors.get(name, graph.values[name]).detach().cpu().contiguous() for name in graph.tensors}
-    parts = {
+    contents = {
         "graph.json": json.dumps(_encode_graph(graph)).encode(),
         "plan.json": plan.to_json().encode(),
         "model.safetensors": save_tensors({name: value.clone() for name, value in values.items()}),
         "inputs.safetensors": save_tensors({k: v.detach().cpu().contiguous() for k, v in graph.example.items()}),
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "manifest.json").unlink(missing_ok=True)
-    for name, content in parts.items():
-        write_atomically(directory / name, content)
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()}
-    write_atomically(directory / "manifest.json", json.dumps({"schema": SCHEMA, "files": hashes}, indent=1).encode())
+    files: dict[str, str] = {}
+    for name, content in contents.items():
+        digest = hashlib.sha256(content).hexdigest()
+        stem, _, ending = name.partition(".")
+        part = f"{stem}-{digest[:16]}.{ending}"
+        files[part] = digest
+        write_atomically(directory / part, content)
+    write_atomically(directory / "manifest.json", json.dumps({"schema": SCHEMA, "files": files}, indent=1).encode())
+    for path in directory.iterdir():
+        if _PART.fullmatch(path.name) and path.name not in files:
+            path.unlink()
 
 
 def load(directory: Path) -> Saved:
     """Reads a folder; raises `LoadError` naming the part that is missing, truncated or hostile."""
     try:
-        manifest = json.loads((directory / "manifest.json").read_bytes())
-        hashes = manifest["files"] if manifest.get("schema") == SCHEMA else {}
-        parts: dict[str, bytes] = {}
-        for name in _FILES:
-            parts[name] = (directory / name).read_bytes()
-            if hashlib.sha256(parts[name]).hexdigest() != hashes.get(name):
-                raise LoadError(f"{directory}: {name} does not match the manifest")
-        plan = Plan.from_json(parts["plan.json"].decode())
-        values = load_tensors(parts["model.safetensors"])
-        example = load_tensors(parts["inputs.safetensors"])
-        graph = _decode_graph(json.loads(parts["graph.json"]), values, example)
+        parts = _parts(directory)
+        plan = Plan.from_json(parts["plan"].decode())
+        values = load_tensors(parts["model"])
+        example = load_tensors(parts["inputs"])
+        graph = _decode_graph(json.loads(parts["graph"]), values, example)
+        positional, named = graph.signature.spec
+        given: Any = {k: structure.put_together(v, lambda ref: example[ref.name]) for k, v in named.items()}
+        given = given or tuple(structure.put_together(a, lambda ref: example[ref.name]) for a in positional)
+        return Saved(graph, plan, given)
     except LoadError:
         raise
     except MetapruneError as error:
         raise LoadError(f"{directory}: {error}") from None
     except OSError as error:
         raise LoadError(f"{directory}: {error.strerror or error} ({error.filename})") from None
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        AttributeError,
-        RecursionError,
-        SafetensorError,
-        ImportError,
-    ) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError, ImportError) as error:
         raise LoadError(f"{directory}: damaged: {type(error).__name__}: {str(error)[:200]}") from None
-    positional, named = graph.signature.spec
-    find: Any = lambda ref: example[ref.name]  # noqa: E731
-    inputs: Any = {k: structure.put_together(v, find) for k, v in named.items()}
-    return Saved(graph, plan, inputs or tuple(structure.put_together(a, find) for a in positional))
+
+
+def _parts(directory: Path) -> dict[str, bytes]:
+    """Content of the four parts, checked against the manifest."""
+    manifest = json.loads((directory / "manifest.json").read_bytes())
+    if manifest.get("schema") != SCHEMA or not isinstance(manifest.get("files"), dict):
+        raise LoadError(f"{directory}: the manifest is not of schema {SCHEMA}")
+    parts: dict[str, bytes] = {}
+    for name, digest in manifest["files"].items():
+        match = _PART.fullmatch(name)
+        if match is None or match[1] in parts:
+            raise LoadError(f"{directory}: the manifest lists {str(name)[:80]!r}")
+        parts[match[1]] = (directory / name).read_bytes()
+        if hashlib.sha256(parts[match[1]]).hexdigest() != digest:
+            raise LoadError(f"{directory}: {name} does not match the manifest")
+    for stem in ("graph", "plan", "model", "inputs"):
+        if stem not in parts:
+            raise LoadError(f"{directory}: the manifest lists no {stem}")
+    return parts
 
 
 # ---- JSON
@@ -147,13 +163,15 @@ def _decode_graph(body: dict[str, Any], values: dict[str, torch.Tensor], example
     tensors: dict[str, TensorInfo] = {}
     everything: dict[str, torch.Tensor] = {}
     for item in body["tensors"]:
-        name = _name(item["name"])
+        name = _name(item["name"], _TENSOR)
+        if item["kind"] not in _KINDS:
+            raise LoadError(f"tensor {name} is of the unknown kind {str(item['kind'])[:80]!r}")
         info = TensorInfo(
             name,
             str(item["kind"]),
             tuple(int(n) for n in item["shape"]),
             _dtype(item["dtype"]),
-            tuple(_name(a) for a in item["aliases"]),
+            tuple(_name(a, _TENSOR) for a in item["aliases"]),
             bool(item["persistent"]),
             bool(item["requires_grad"]),
         )
@@ -161,6 +179,8 @@ def _decode_graph(body: dict[str, Any], values: dict[str, torch.Tensor], example
             raise LoadError(f"tensor {name} is missing")
         if tuple(values[name].shape) != info.shape or values[name].dtype != info.dtype:
             raise LoadError(f"tensor {name} is of another shape or dtype than the graph says")
+        if name not in info.aliases or any(alias in everything for alias in info.aliases):
+            raise LoadError(f"tensor {name} has aliases that are not its own")
         tensors[name] = info
         everything.update(dict.fromkeys(info.aliases, values[name]))
     given = body["signature"]
@@ -174,6 +194,12 @@ def _decode_graph(body: dict[str, Any], values: dict[str, torch.Tensor], example
         nodes, tensors, signature, everything, None, example, float(body["batch"]), [str(n) for n in body["notes"]]
     )
     verify(graph)
+    inputs = {node.name for node in nodes.values() if node.op == "input"}
+    spec = {n for value in (*signature.spec[0], *signature.spec[1].values()) for n in structure.refs(value)}
+    if inputs != spec or inputs != set(example):
+        raise LoadError("the inputs of the graph, its signature and its example differ")
+    if not 0 < graph.batch <= _LARGEST:
+        raise LoadError(f"a batch ratio of {graph.batch} makes no sense")
     return graph
 
 
@@ -183,13 +209,14 @@ def _encode(value: Any) -> Any:
     if isinstance(value, Training):
         return {"training": True}
     if isinstance(value, (Record, Sequence)):
-        kind = "record" if isinstance(value, Record) else "sequence"
+        kind, name = ("record", "builtins:dict") if isinstance(value, Record) else ("sequence", "builtins:tuple")
+        name = value.cls if value.cls in _PLAIN or _is_output_class(value.cls) else name
         items = (
             [[k, _encode(v)] for k, v in value.items.items()]
             if isinstance(value, Record)
             else [_encode(v) for v in value.items]
         )
-        return {kind: value.cls, "items": items}
+        return {kind: name, "items": items}
     if isinstance(value, torch.dtype):
         return {"dtype": _dtype_name(value)}
     if isinstance(value, torch.device):
@@ -226,7 +253,7 @@ def _decode(value: Any) -> Any:
             raise LoadError(f"{value['torch']!r} is not a memory format")
         return found
     kind = value.get("record") or value.get("sequence")
-    if not isinstance(kind, str) or not _CLASS.fullmatch(kind):
+    if not isinstance(kind, str) or not (kind in _PLAIN or _is_output_class(kind)):
         raise LoadError(f"{str(kind)[:80]!r} is not an output class that may be loaded")
     if "record" in value:
         return Record(kind, {k: _decode(v) for k, v in value["items"]})
@@ -242,12 +269,26 @@ def _encode_meta(meta: Any) -> Any:
 def _decode_meta(meta: Any) -> Any:
     if isinstance(meta, dict) and "shape" in meta:
         shape = tuple(int(n) for n in meta["shape"])
+        if any(not 0 <= n < _LARGEST for n in shape):
+            raise LoadError(f"a value of shape {str(shape)[:80]} makes no sense")
         return Meta(shape, _dtype(meta["dtype"]), tuple(bool(b) for b in meta["batched"]))
     return tuple(_decode_meta(m) for m in meta) if isinstance(meta, list) else _decode(meta)
 
 
-def _name(name: Any) -> str:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+def _is_output_class(path: str) -> bool:
+    """Whether a path names an output class of transformers: a mapping that is a dataclass. Others become dicts."""
+    if not _OUTPUT.fullmatch(path):
+        return False
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return False
+    return isinstance(found, type) and issubclass(found, dict) and is_dataclass(found)
+
+
+def _name(name: Any, pattern: re.Pattern[str] = _NODE) -> str:
+    if not isinstance(name, str) or len(name) > 512 or not pattern.fullmatch(name):
         raise LoadError(f"{str(name)[:80]!r} is not a name")
     return name
 

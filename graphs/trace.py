@@ -294,7 +294,16 @@ class _Reader:
         if any(_unknown(node.meta) for node in nodes.values()):
             measure(graph)
         verify(graph)
+        self._release()
         return graph
+
+    def _release(self) -> None:
+        """Breaks the cycle that keeps every shape environment of the exporter alive."""
+        for node in self._program.graph.nodes:
+            mode = getattr(node.meta.get("val"), "fake_mode", None)
+            if mode is not None and mode.shape_env is not None:
+                mode.shape_env.tracked_fakes = None
+                return
 
     def _placeholder(self, node: fx.Node, spec: Any) -> None:
         if spec.kind is InputKind.USER_INPUT:

@@ -12,8 +12,8 @@ from torch import nn
 
 from metaprune.graphs import native, onnx_export, saved
 from metaprune.graphs.certificate import Certificate, Prover
-from metaprune.graphs.cost import Cost
-from metaprune.graphs.errors import CertificateError, MetapruneError, OptionError, PlanError
+from metaprune.graphs.cost import Cost, counted
+from metaprune.graphs.errors import CertificateError, LoadError, MetapruneError, OptionError, PlanError
 from metaprune.graphs.execute import execute
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
@@ -129,10 +129,7 @@ def apply(graph: Graph, plan: Plan, certify: bool = True) -> Pruned:
         raise PlanError("the plan was made for another network: its axis table differs")
     graph.check_finite()
     incision = cut(graph, plan.keep)
-    counts = graph.coupling.costs.sizes.copy()
-    for name, units in plan.keep.items():
-        counts[graph.coupling.number(name)] = len(units)
-    cost = {"before": graph.cost(), "after": graph.coupling.costs.cost(counts)}
+    cost = {"before": graph.cost(), "after": counted(incision.graph)}
     prover = Prover(graph, incision) if certify else None
     module, kind, certificate = _hand_back(graph, incision, prover)
     notes = [*graph.notes, *([_PORTABLE_NOTE] if kind == "portable" else [])]
@@ -188,7 +185,10 @@ def load(directory: str | Path, into: nn.Module | None = None) -> nn.Module:
         PlanError: `into` is another network.
     """
     stored = saved.load(Path(directory))
-    portable = PortableModule(stored.graph).eval()
+    try:
+        portable = PortableModule(stored.graph).eval()
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise LoadError(f"{directory}: damaged: {type(error).__name__}: {error}") from None
     if into is None:
         return portable
     graph = trace(into, stored.inputs)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.test_saved import change, folder, refused, saved, sign  # noqa: F401 - fixtures
+from tests.test_saved import change, folder, part, refused, saved, sign  # noqa: F401 - fixtures
 
 Body = dict[str, Any]
 
@@ -161,9 +161,9 @@ TENSORS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
 
 @pytest.mark.parametrize("edit", TENSORS.values(), ids=TENSORS)
 def test_tensors_that_do_not_fit_are_named(edit: Callable[[dict[str, Tensor]], Any], folder: Path) -> None:  # noqa: F811
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(part(folder, "model.safetensors"))
     edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, part(folder, "model.safetensors"))
     sign(folder)
     assert "a.weight" in refused(folder)
 

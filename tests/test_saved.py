@@ -1,5 +1,6 @@
 """Saved folders: exact round trips, and nothing but a clear error from a damaged or hostile one."""
 
+import copy
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ CASES = {case.name: case for case in (*CONVOLUTION, *ATTENTION, *SEQUENCE, *OPER
 ROUND_TRIPS = """
     resnet grouped weight_norm spectral_norm block_attention affine_grid multihead_cross grouped_queries shifted_windows
     encoder_layer llama_tied experts lstm_bidirectional shared_block bfloat16 float64 inputs_keywords inputs_nested
-    output_dict output_ordered_dict elementwise_cast added_buffer einsum
+    output_dict output_ordered_dict output_scalar elementwise_cast added_buffer einsum
 """.split()
 FILES = ("graph.json", "plan.json", "model.safetensors", "inputs.safetensors")
 
@@ -74,10 +75,18 @@ def sign(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def part(folder: Path, name: str) -> Path:
+    """The file that holds a part: `graph.json` stands as `graph-<hash>.json`."""
+    if name == "manifest.json":
+        return folder / name
+    stem, _, ending = name.partition(".")
+    return next(folder.glob(f"{stem}-*.{ending}"))
+
+
 def change(folder: Path, edit: Callable[[Any], Any], name: str = "graph.json") -> None:
-    body = json.loads((folder / name).read_text())
+    body = json.loads(part(folder, name).read_text())
     result = edit(body)
-    (folder / name).write_text(json.dumps(body if result is None else result))
+    part(folder, name).write_text(json.dumps(body if result is None else result))
     sign(folder)
 
 
@@ -111,6 +120,24 @@ def test_a_loaded_network_is_the_saved_one(name: str, tmp_path: Path) -> None:
     wanted = {n for n, p in result.module.named_parameters() if p.requires_grad}
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == wanted
     assert set(loaded.state_dict()) >= set(result.module.state_dict())
+
+
+@pytest.mark.parametrize("name", ["resnet", "vision_transformer", "lstm_bidirectional"])
+def test_loading_into_a_fresh_network_gives_the_native_form(name: str, tmp_path: Path) -> None:
+    network, result, inputs = pruned(name)
+    assert result.kind == "native"
+    with torch.no_grad():
+        for parameter in result.module.parameters():
+            parameter.add_(0.01)  # as recovery does: the saved weights count, not a replay of the cut
+    result.save(tmp_path / "out")
+    fresh = CASES[name].build()
+    state = copy.deepcopy(fresh.state_dict())
+    loaded = mp.load(tmp_path / "out", into=fresh)
+    assert type(loaded) is type(network)
+    with torch.no_grad():
+        found, expected = oracle.call(loaded.eval(), inputs), oracle.call(result.module.eval(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(oracle.flat(found), oracle.flat(expected), strict=True))
+    assert all(torch.equal(value, state[key]) for key, value in fresh.state_dict().items())
 
 
 def test_loading_into_another_network_is_refused(saved: Path) -> None:
@@ -147,11 +174,13 @@ def test_saving_again_replaces_and_a_recovered_network_is_saved_as_it_is(tmp_pat
         result.save(tmp_path / "out")
         with torch.no_grad():
             assert torch.equal(mp.load(tmp_path / "out")(inputs), result.module(inputs))
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {*FILES, "manifest.json"}
+    listed = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*listed, "manifest.json"}
+    assert len(listed) == len(FILES)
 
 
 def test_the_plan_in_the_folder_is_the_plan(saved: Path) -> None:
-    found = Plan.load(saved / "plan.json")
+    found = Plan.load(part(saved, "plan.json"))
     graph = mp.trace(small(), torch.randn(2, 3, 4, 4))
     assert found == mp.plan(graph, "width=0.5", allocator="uniform")
 
@@ -213,23 +242,25 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 def test_a_missing_file_is_named(name: str, folder: Path) -> None:
-    (folder / name).unlink()
-    assert name in refused(folder)
+    path = part(folder, name)
+    path.unlink()
+    assert path.name in refused(folder)
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 def test_a_directory_in_place_of_a_file_is_refused(name: str, folder: Path) -> None:
-    (folder / name).unlink()
-    (folder / name).mkdir()
+    path = part(folder, name)
+    path.unlink()
+    path.mkdir()
     refused(folder)
 
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 def test_truncation_is_refused(name: str, signed: bool, folder: Path) -> None:
-    content = (folder / name).read_bytes()
+    content = part(folder, name).read_bytes()
     for length in (0, 1, 7, len(content) // 2, len(content) - 1):
-        (folder / name).write_bytes(content[:length])
+        part(folder, name).write_bytes(content[:length])
         if signed and name != "manifest.json":
             sign(folder)
         refused(folder)
@@ -237,11 +268,12 @@ def test_truncation_is_refused(name: str, signed: bool, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_is_named(name: str, folder: Path) -> None:
-    content = bytearray((folder / name).read_bytes())
+    path = part(folder, name)
+    content = bytearray(path.read_bytes())
     for place in random.Random(0).sample(range(len(content)), 8):
         altered = bytes(content[:place]) + bytes([content[place] ^ 1]) + bytes(content[place + 1 :])
-        (folder / name).write_bytes(altered)
-        assert name in refused(folder)
+        path.write_bytes(altered)
+        assert path.name in refused(folder)
 
 
 GARBAGE = {
@@ -259,7 +291,7 @@ GARBAGE = {
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 @pytest.mark.parametrize("content", GARBAGE.values(), ids=GARBAGE)
 def test_garbage_is_refused(name: str, content: bytes, folder: Path) -> None:
-    (folder / name).write_bytes(content)
+    part(folder, name).write_bytes(content)
     if name != "manifest.json":
         sign(folder)
     refused(folder)

@@ -33,6 +33,9 @@ def _recurrent(gates: int) -> Rule:
             raise Unmatched("a projected state")
         inputs, ref = state.of(bound["input"]), bound["input"]
         state.use(inputs)
+        if len(inputs) == 3:
+            batch = inputs[0 if bound["batch_first"] else 1]
+            state.tie([batch, *(state.of(r)[-2] for r in states)], op)
         feature, place = inputs[-1], len(inputs) - 1
         for layer in range(bound["num_layers"]):
             outs: list[Axis] = []
