@@ -50,6 +50,11 @@ class Size:
     weights: Counts = field(default_factory=lambda: np.empty(0))
     products: tuple[tuple[float, tuple[int, ...]], ...] = ()
 
+    def times(self, factor: float) -> Size:
+        """The polynomial times a number."""
+        products = tuple((coefficient * factor, groups) for coefficient, groups in self.products)
+        return Size(self.constant * factor, self.groups, self.weights * factor, products)
+
     def at(self, kept: Counts) -> Counts:
         """Value for kept counts of shape [plans, groups]; shape [plans]."""
         total: Counts = kept[:, self.groups] @ self.weights + self.constant
@@ -147,6 +152,8 @@ class Costs:
     def _size(self, axis: Axis, scale: float) -> Size:
         if axis.ids is None:
             return Size(axis.size * scale)
+        if scale != 1.0:
+            return self._size(axis, 1.0).times(scale)
         key = id(axis.ids)
         if key not in self._cache:
             content = self._coupling.root[axis.ids].tobytes()
