@@ -59,10 +59,8 @@ class Exact(TorchFunctionMode):
             found = func(*args, **kwargs)
             return torch.float64 if isinstance(found, torch.dtype) and found in _LOW else found
         new_args, new_kwargs = tree_map(self.lift, args), tree_map(self.lift, kwargs)
-        if getattr(func, "__name__", "") == "rms_norm" and new_kwargs.get("eps") is None and len(new_args) < 4:
-            new_kwargs["eps"] = self._eps
-        elif getattr(func, "__name__", "") == "rms_norm" and len(new_args) > 3 and new_args[3] is None:
-            new_args = (*new_args[:3], self._eps)
+        if getattr(func, "__name__", "").partition(".")[0] == "rms_norm":  # a function or an operator overload
+            new_args, new_kwargs = self._with_eps(new_args, new_kwargs)
         self._depth += 1
         try:
             with self._inner:
@@ -71,6 +69,12 @@ class Exact(TorchFunctionMode):
             self._depth -= 1
             if not self._depth:
                 self._lifted.clear()
+
+    def _with_eps(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Arguments of a root-mean-square norm with the epsilon that the original's dtype implies."""
+        if len(args) > 3:
+            return (*args[:3], self._eps if args[3] is None else args[3]), kwargs
+        return args, kwargs if kwargs.get("eps") is not None else {**kwargs, "eps": self._eps}
 
     def lift(self, value: Any) -> Any:
         """What stands for an operand: the masked float64 copy of a named tensor, float64 of any other."""

@@ -143,18 +143,23 @@ def _filled(problem: Problem, kept: NDArray[np.int64], order: NDArray[np.int64])
         more[chosen] = np.minimum(more[chosen] + problem.step[chosen], problem.sizes[chosen])
         return more
 
-    low, high = 0, len(first)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if problem.excess(raised(middle)) <= 1:
-            low = middle
-        else:
-            high = middle - 1
-    kept = raised(low)
+    while True:
+        low, high = 0, len(first)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if problem.excess(raised(middle)) <= 1:
+                low = middle
+            else:
+                high = middle - 1
+        if np.array_equal(raised(low), kept):
+            break
+        kept = raised(low)
     for group in first[low : low + _TRIALS].tolist():
-        more = kept.copy()
-        more[group] = min(more[group] + problem.step[group], problem.sizes[group])
-        if problem.excess(more) <= 1:
+        while kept[group] < problem.sizes[group]:
+            more = kept.copy()
+            more[group] = min(more[group] + problem.step[group], problem.sizes[group])
+            if problem.excess(more) > 1:
+                break
             kept = more
     return kept
 
