@@ -96,7 +96,7 @@ def _attributes(source: nn.Module, incision: Incision) -> tuple[list[Edit], dict
                 or isinstance(module, nn.modules.conv._ConvNd)
             ):
                 continue
-            new = _replaced(value, own)
+            new = own.get((None, name), []) if value is None else _replaced(value, own)
             if len(new) == 1:
                 base.append((path, name, new[0]))
             elif new:

@@ -31,7 +31,8 @@ class Incision:
         graph: The smaller graph, with its own tensors.
         kept: For every tensor name that shrinks (aliases included), the kept positions of each shrunk dimension.
         scales: Factor by which a one-dimensional tensor is multiplied to hold a root-mean-square norm exact.
-        literals: Numbers written into the forward pass that changed: (module path, old value, new value).
+        literals: Numbers written into the forward pass that changed: (module path, old value, new value); a default
+            that had to be written out has the old value (None, argument).
     """
 
     graph: Graph
@@ -333,6 +334,9 @@ class Cut:
         for name, value in new.items():
             before = old.get(name)
             if before == value:
+                continue
+            if before is None:
+                self._literals.append((node.module, (None, name), value))
                 continue
             pairs = (
                 zip(before, value, strict=True)
