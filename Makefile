@@ -34,6 +34,7 @@ lint: $(STAMP)
 
 nightly: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "nightly or not nightly"
+	$(BIN)/python benchmarks/fuzz.py --cases 5000
 
 bench-coverage: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/coverage.py

@@ -44,7 +44,8 @@ def main() -> int:
             print(f"{case + 1:6d} {state['verdicts']}", flush=True)
     counts = Counter(state["verdicts"])
     print(json.dumps(summary(state), indent=1))
-    return int(bool(counts["silent"] or counts["crash"]) or counts["refused"] > 0.02 * state["done"])
+    wrong = counts["silent"] + counts["miscounted"] + counts["crash"]
+    return int(wrong > 0 or counts["refused"] > 0.02 * state["done"])
 
 
 def step(state: dict[str, Any], case: int, seed: int) -> None:

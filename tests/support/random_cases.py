@@ -31,7 +31,8 @@ class Outcome:
     """What became of a case.
 
     Attributes:
-        verdict: `exact`, `refused` (an error with a name), `silent` (certified or returned, but wrong) or `crash`.
+        verdict: `exact`, `refused` (an error with a name), `silent` (returned, but wrong), `miscounted` (exact, but its
+            cost is wrong) or `crash`.
         detail: The error.
         removed: Fraction of the parameters that went.
         change: How far the masked original is from the original; 0 when nothing went.
@@ -116,5 +117,5 @@ def examine(program: Program) -> Outcome:
         return Outcome("silent", "the input network was changed")
     if sizes != [pruned.cost["after"].params, pruned.cost["before"].params]:
         costs = [pruned.cost["after"].params, pruned.cost["before"].params]
-        return Outcome("silent", f"cost says {costs} parameters, there are {sizes}")
+        return Outcome("miscounted", f"cost says {costs} parameters, there are {sizes}")
     return outcome

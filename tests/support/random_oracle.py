@@ -133,14 +133,16 @@ def distance(found: Any, expected: Any) -> float:
 
 
 def jittered(inputs: Iterable[Tensor], seed: int) -> tuple[Tensor, ...]:
-    """Other inputs of the same kind."""
+    """Other inputs of the same kind, in a batch that is larger by one."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
-        if x.is_floating_point()
-        else x[:, torch.randperm(x.shape[1], generator=generator)]
-        for x in inputs
-    )
+
+    def other(x: Tensor) -> Tensor:
+        shape = (x.shape[0] + 1, *x.shape[1:])
+        if x.is_floating_point():
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        return x.flatten()[torch.randint(0, x.numel(), shape, generator=generator)]
+
+    return tuple(map(other, inputs))
 
 
 @torch.no_grad()
