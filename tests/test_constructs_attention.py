@@ -272,6 +272,7 @@ CASES = [
         lambda: stacked(Fused(8, 3, 4)),
         vectors(5, 6),
         {"ffn": (8, 8), "head_dim": (4,), "heads": (3,)},
+        kind="native",
     ),
     Case("fused_pinned_width", lambda: Fused(8, 3, 4, bias=False), vectors(5, 8), {"head_dim": (4,), "heads": (3,)}),
     Case("chunked", lambda: stacked(Chunked(8, 2)), vectors(5, 6), {"ffn": (8, 8), "head_dim": (4, 4), "heads": (2,)}),
@@ -298,6 +299,20 @@ CASES = [
         ),
         vectors(5, 6),
         {"ffn": (8, 8), "head_dim": (4,), "heads": (2,)},
+    ),
+    Case(
+        "multihead_weights",
+        lambda: attend(nn.MultiheadAttention(8, 2, batch_first=True)),
+        vectors(5, 8),
+        {"head_dim": (4,)},
+        pins=("mean mixes its positions",),
+    ),
+    Case(
+        "multihead_weights_of_heads",
+        lambda: attend(nn.MultiheadAttention(8, 2, batch_first=True), average_attn_weights=False),
+        vectors(5, 8),
+        {"head_dim": (4,)},
+        ("output",),
     ),
     Case(
         "multihead_cross",
@@ -361,6 +376,7 @@ CASES = [
         images(),
         {"ffn": (12, 12), "head_dim": (4, 4), "heads": (2, 2), "residual": (8,)},
         aware=True,
+        kind="native",
     ),
     Case(
         "cross_covariance",

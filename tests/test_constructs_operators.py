@@ -169,6 +169,9 @@ CASES = [
         "matmul_vector", lambda m, h: h * (h @ m.w).unsqueeze(-1), children=lambda: {"w": nn.Parameter(torch.ones(8))}
     ),
     perceptron(
+        "matmul_broadcast", lambda m, h: m.w @ h.unsqueeze(1), children=lambda: {"w": nn.Parameter(torch.ones(3, 5, 4))}
+    ),
+    perceptron(
         "baddbmm",
         lambda m, h: torch.baddbmm(h, m.w.expand(h.shape[0], -1, -1), h),
         children=lambda: {"w": nn.Parameter(torch.ones(1, 4, 4))},
@@ -260,6 +263,7 @@ CASES = [
     returning("output_named_tuple", lambda h, y: Pair(y, {"deep": (y * 2, [y + 1])}), {"ffn": (8,)}),
     returning("output_features", lambda h, y: (y, h), NONE, pins=("the network's output",)),
     returning("output_class", lambda h, y: (y, y.argmax(-1), y > 0), {"ffn": (8,)}),
+    returning("output_scalar", lambda h, y: y.square().mean(), {"ffn": (3, 8)}),
     Case("bfloat16", half_precision, lambda b: torch.randn(b, 3, 6, 6, dtype=torch.bfloat16), {"channels": (8,)}),
     Case(
         "float64",

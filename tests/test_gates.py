@@ -24,7 +24,7 @@ from tests.test_constructs_sequence import CASES as SEQUENCE
 CASES = {case.name: case for case in (*CONVOLUTION, *NORM, *ATTENTION, *SEQUENCE, *MOVEMENT)}
 GATED = """
     resnet depthwise_multiplier grouped grouped_chain transposed_grouped squeeze_excite efficient_channels
-    block_attention channel_softmax
+    block_attention channel_softmax weight_norm
     spectral_norm normalize weight_standardisation prelu batch_norm_without_affine instance_norm
     group_norm
     group_norm_of_one_group layer_norm layer_norm_permuted rms_norm rms_norm_by_hand stream_post_layer_norm

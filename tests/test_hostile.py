@@ -1,6 +1,7 @@
 """Saved folders written by an enemy, with a manifest that fits: always a clear error, nothing run, nothing written."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import metaprune as mp
 from tests.test_saved import change, folder, part, refused, saved, sign  # noqa: F401 - fixtures
 
 Body = dict[str, Any]
@@ -48,9 +50,9 @@ OPERATORS = """
 """.split()
 CLASSES = """
     os:system builtins:eval builtins:exec subprocess:Popen posix:system importlib:import_module os.path:join
-       builtins:object builtins:__import__
-    tests.support.cases:Case collections:OrderedDict.fromkeys
-    ../torch:Size
+    torch.nn:Module torch:load torch.hub:load builtins:object builtins:__import__ torch.nn.modules.linear:Linear
+    tests.support.cases:Case transformers.no_such_module:Output torch:no_such collections:OrderedDict.fromkeys
+    ../torch:Size torch:..
 """.split()
 NAMES = [
     "../../etc/passwd",
@@ -86,11 +88,16 @@ CASES: dict[str, Callable[[Body], Any]] = {
     **{f"record_{cls}": output({"record": cls, "items": [["y", {"ref": "in0"}]]}) for cls in CLASSES},
     **{f"sequence_{cls}": output({"sequence": cls, "items": [{"ref": "in0"}]}) for cls in CLASSES},
     **{f"name_{i}": renamed("a.weight", name) for i, name in enumerate(NAMES)},
-    **{f"node_name_{i}": renamed("conv2d", name) for i, name in enumerate(NAMES[5:])},
+    **{f"node_name_{i}": renamed("conv2d", name) for i, name in enumerate(NAMES)},
     **{f"taken_{name}": renamed("a.weight", name) for name in TAKEN},
     **{f"dtype_{dtype}": tensor(dtype=dtype) for dtype in DTYPES},
     **{f"shape_{i}": tensor(shape=shape) for i, shape in enumerate(SHAPES)},
+    "alias_unknown": tensor(aliases=["somebody.else"]),
+    "alias_none": tensor(aliases=[]),
+    "alias_taken": tensor(aliases=["a.weight", "b.weight"]),
+    "kind_unknown": tensor(kind="pickle"),
     "parameter_of_integers": lambda b: b["tensors"][0].update(kind="parameter", dtype="int64", requires_grad=True),
+    "argument_device": argument({"device": "no such device"}),
     "argument_device_number": argument({"device": 10**30}),
     "argument_float": argument({"float": "__import__"}),
     "argument_torch": argument({"torch": "load"}),
@@ -111,18 +118,27 @@ CASES: dict[str, Callable[[Body], Any]] = {
     "node_without_op": lambda b: b["nodes"][0].pop("op"),
     "node_is_text": lambda b: b["nodes"].__setitem__(0, "conv2d"),
     "nodes_is_text": lambda b: b.update(nodes="conv2d"),
+    "too_many_arguments": lambda b: node(b, "conv2d")["args"].extend([1] * 20),
+    "too_few_arguments": lambda b: node(b, "conv2d").update(args=[]),
+    "unknown_keyword": lambda b: node(b, "conv2d").update(kwargs={"__class__": 1}),
     "keywords_list": lambda b: node(b, "conv2d").update(kwargs=[1]),
+    "meta_huge": lambda b: node(b, "conv2d").update(meta={"shape": [10**30], "dtype": "float32", "batched": [False]}),
     "output_unknown": output({"ref": "nobody"}),
     "output_class_text": output({"record": 5, "items": []}),
     "output_items_text": output({"sequence": "builtins:list", "items": 5}),
     "output_pairs_short": output({"record": "builtins:dict", "items": [["y"]]}),
+    "spec_unknown_input": lambda b: b["signature"].update(args=[{"ref": "in7"}]),
+    "spec_without_input": lambda b: b["signature"].update(args=[5]),
     "names_number": lambda b: b["signature"].update(names=7),
     "batch_text": lambda b: b.update(batch="many"),
+    "batch_infinite": lambda b: b.update(batch=float("inf")),
+    "batch_negative": lambda b: b.update(batch=-1),
     "notes_number": lambda b: b.update(notes=5),
     "schema_newer": lambda b: b.update(schema=2),
     "schema_missing": lambda b: b.pop("schema"),
     "tensors_missing": lambda b: b.pop("tensors"),
     "signature_missing": lambda b: b.pop("signature"),
+    "input_twice": lambda b: b["nodes"].insert(0, {**b["nodes"][0], "name": "in9", "op": "input"}),
 }
 
 
@@ -168,6 +184,12 @@ def test_tensors_that_do_not_fit_are_named(edit: Callable[[dict[str, Tensor]], A
     assert "a.weight" in refused(folder)
 
 
+def test_example_inputs_must_be_there(folder: Path) -> None:  # noqa: F811
+    save_file({"other": torch.zeros(1)}, part(folder, "inputs.safetensors"))
+    sign(folder)
+    assert "in0" in refused(folder)
+
+
 def leaves(value: Any) -> list[tuple[Any, Any]]:
     """Every place in a JSON document, as (container, key)."""
     if isinstance(value, dict):
@@ -194,3 +216,24 @@ ODD = (
     {"ref": "conv2d"},
     "x" * 5000,
 )
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_changes_never_give_another_kind_of_error(seed: int, folder: Path) -> None:  # noqa: F811
+    draw = random.Random(seed)
+    path = part(folder, "graph.json")
+    original = path.read_text()
+    outcomes = {"refused": 0, "loaded": 0}
+    for _ in range(25):
+        body = json.loads(original)
+        for _ in range(draw.choice((1, 1, 2))):
+            container, key = draw.choice(leaves(body))
+            container[key] = draw.choice(ODD)
+        path.write_text(json.dumps(body))
+        sign(folder)
+        try:
+            assert isinstance(mp.load(folder), torch.nn.Module)
+            outcomes["loaded"] += 1
+        except mp.MetapruneError:
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 5

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import metaprune as mp
 from metaprune.graphs.portable import PortableModule
 from tests.support import oracle
-from tests.support.cases import Net
+from tests.support.cases import Net, conv
 from tests.test_constructs_convolution import CASES as CONVOLUTION
 from tests.test_constructs_norm import CASES as NORM
 from tests.test_constructs_sequence import CASES as SEQUENCE
@@ -21,6 +21,7 @@ BOTH = [
     "resnet",
     "batch_norm_1d",
     "stream_pre_layer_norm",
+    "lstm_bidirectional",
     "stream_pre_rms_norm",
     "instance_norm",
 ]
@@ -80,6 +81,21 @@ def test_batch_statistics_are_counted_and_followed() -> None:
         state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         module.eval()(inputs)
         assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_cumulative_average_stays_one() -> None:
+    torch.manual_seed(0)
+    network = oracle.alive(nn.Sequential(conv(3, 8), nn.BatchNorm2d(8, momentum=None), nn.ReLU(), conv(8, 2)))
+    network[1].reset_running_stats()
+    pruned = mp.prune(network, torch.randn(2, 3, 6, 6), budget="width=0.5", certify=False)
+    native, portable = copy.deepcopy(pruned.module), PortableModule(pruned.graph)
+    assert pruned.kind == "native"
+    for module in (native, portable):
+        module.train()
+        for seed in range(3):
+            torch.manual_seed(seed)
+            module(torch.randn(4, 3, 6, 6))
+    alike(native, portable)
 
 
 def test_dropout_drops_in_training_and_nowhere_else() -> None:

@@ -14,7 +14,7 @@ from metaprune.graphs import operators
 from metaprune.graphs.dye import Call, Slot, describe
 from metaprune.graphs.flow import Axis, Flow
 from metaprune.graphs.ir import Graph, Meta, Node, Signature, TensorInfo
-from metaprune.graphs.rules import lookup
+from metaprune.graphs.rules import TABLE, lookup
 from metaprune.graphs.structure import Ref
 from tests.support.operator_calls import CALLS, T
 
@@ -24,9 +24,10 @@ UNCOVERED = {
         zeros new_zeros ones new_ones full new_full empty new_empty empty_like arange linspace logspace eye
         scalar_tensor rand randn randint randperm tril_indices triu_indices meshgrid one_hot
     """,
-    "needs another device or data type": "cudnn_batch_norm cpu cuda requires_grad_",
+    "needs another device or data type": "cudnn_batch_norm cpu cuda requires_grad_ _grouped_mm",
     "an alias of another row or not called by the exporter": "_reshape_alias _weight_norm_interface",
     "has no operand of its own": "operator.getitem",
+    "registered by another library": "transformers.grouped_mm_fallback",
 }
 # Dye is swallowed by these: their results depend on values that NaN does not pass through, or are whole numbers.
 SWALLOWED = set(
@@ -51,6 +52,8 @@ CAREFUL = {
     "embedding": "a vocabulary is addressed by numbers",
     "pixel_unshuffle": "positions in space",
     "im2col": "positions in space",
+    "col2im": "positions in space",
+    "pixel_shuffle": "positions in space",
     "pad": "positions in space",
     **{f"{mode}_pad{d}d": "positions in space" for mode in ("reflection", "replication") for d in (1, 2, 3)},
     "conv_transpose2d": "kernel extents",
@@ -273,6 +276,23 @@ def test_dye_tracing_describes_what_single_positions_show(op: str, number: int) 
         several = all(sum(bool(results[k].any()) for results in single) > 1 for k in range(len(single[0])))
         if slot in found.mixed and several:
             assert not followed(single)
+
+
+def test_every_row_is_covered_or_named() -> None:
+    covered = {row for op in CALLS for row in (op, op.rpartition(".")[0]) if row in TABLE}
+    excused = {row if "." in row else f"aten.{row}" for rows in UNCOVERED.values() for row in rows.split()}
+    assert excused <= set(TABLE)
+    assert not covered & excused
+    assert set(TABLE) - covered - excused == set()
+    assert len({op.split(".")[1] for op in CALLS}) > 150
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.startswith("aten.")])
+def test_every_row_is_an_operator_of_torch(row: str) -> None:
+    parts = row.split(".")
+    packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
+    assert packet is not None
+    assert len(parts) == 2 or parts[2] in packet.overloads()
 
 
 def test_operators_without_a_rule_are_traced() -> None:

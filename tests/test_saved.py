@@ -122,7 +122,9 @@ def test_a_loaded_network_is_the_saved_one(name: str, tmp_path: Path) -> None:
     assert set(loaded.state_dict()) >= set(result.module.state_dict())
 
 
-@pytest.mark.parametrize("name", ["resnet", "vision_transformer", "lstm_bidirectional"])
+@pytest.mark.parametrize(
+    "name", ["resnet", "multihead_cross", "vision_transformer", "lstm_bidirectional", "llama_tied"]
+)
 def test_loading_into_a_fresh_network_gives_the_native_form(name: str, tmp_path: Path) -> None:
     network, result, inputs = pruned(name)
     assert result.kind == "native"
@@ -215,7 +217,9 @@ def killed(kind: str, when: int, folder: Path) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # the child only writes files
-@pytest.mark.parametrize(("kind", "when"), [("replace", 50)])
+@pytest.mark.parametrize(
+    ("kind", "when"), [*(("fsync", n) for n in (3, 6)), *(("replace", n) for n in range(1, 6)), ("replace", 50)]
+)
 def test_a_save_that_is_killed_leaves_the_old_network_or_the_new(kind: str, when: int, folder: Path) -> None:
     x = torch.randn(2, 3, 4, 4)
     with torch.no_grad():

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.export import Dim
 
 import metaprune as mp
 from metaprune.graphs.errors import OptionError, TraceError
@@ -52,6 +53,31 @@ def test_an_fx_graph_module() -> None:
     assert {n: {d: i.tolist() for d, i in k.items()} for n, k in pruned.kept.items()} == {
         n: {d: i.tolist() for d, i in k.items()} for n, k in reference.kept.items()
     }
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_exported_program(dynamic: bool) -> None:
+    model = network()
+    shapes = ({0: Dim.DYNAMIC},) if dynamic else None
+    program = torch.export.export(model, (torch.randn(2, 3, 8, 8),), dynamic_shapes=shapes)
+    pruned = mp.prune(program, budget="width=0.5", allocator="uniform")
+    assert pruned.certificate is not None
+    x = torch.randn(5 if dynamic else 2, 3, 8, 8)
+    error, change = oracle.difference(model, pruned.module, pruned.kept, x)
+    assert error <= 1e-9
+    assert change > 1e-4
+
+
+def test_an_exported_program_with_keywords_and_a_dict() -> None:
+    model = oracle.alive(
+        Net(lambda m, x: {"y": m.b(m.a(x).relu()), "twice": 2 * m.b(m.a(x))}, a=nn.Linear(6, 8), b=nn.Linear(8, 3))
+    )
+    program = torch.export.export(model.eval(), (), {"x": torch.randn(2, 6)})
+    pruned = mp.prune(program, budget="width=0.5")
+    x = torch.randn(2, 6)
+    found = pruned.module(x=x)
+    assert set(found) == {"y", "twice"}
+    assert found["y"].shape == (2, 3)
 
 
 def test_inputs_as_tensor_tuple_list_and_dict_are_the_same() -> None:
@@ -274,6 +300,13 @@ def test_what_can_not_be_traced_is_one_clear_error(build: Callable[[], Any], inp
     assert "\n" not in str(error.value)
     if flags:
         assert flags == [m.training for m in model.modules()]
+
+
+def test_a_dynamic_argument_must_exist() -> None:
+    with pytest.raises(TraceError, match="no_such"):
+        mp.trace(network(), torch.randn(2, 3, 8, 8), dynamic={"no_such": (1,)})
+    with pytest.raises(mp.MetapruneError):
+        mp.trace(network(), torch.randn(2, 3, 8, 8), dynamic={0: (9,)})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

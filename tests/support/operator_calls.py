@@ -87,6 +87,7 @@ calls("instance_norm.default", (t(2, 4, 5, 3), t(4), t(4), None, None, True, 0.1
 calls("layer_norm.default", (t(2, 3, 4), [4], t(4), t(4)), (t(2, 3, 4), [3, 4], t(3, 4), t(3, 4)), (t(2, 4), [4], t(4)))
 calls("rms_norm.default", (t(2, 3, 4), [4], t(4)), (t(2, 4), [4]))
 calls("group_norm.default", (t(2, 6, 4), 2, t(6), t(6)), (t(2, 6, 4), 6, t(6), t(6)), (t(2, 6, 4, 3), 1, t(6), t(6)))
+calls("_weight_norm.default", (t(4, 3, 2), t(4, 1, 1)), (t(4, 3), t(1, 3), 1))
 # reduction
 _REDUCE = ((t(2, 3, 4), [1]), (t(2, 3, 4), [-1, 0]), (t(2, 3, 4), [-2], True), (t(2, 1, 4), [1]))
 calls("sum.dim_IntList mean.dim amax.default amin.default any.dims all.dims", *_REDUCE)
@@ -109,7 +110,7 @@ calls("topk.default", (t(2, 5, 4), 2, 1), (t(2, 5), 3))
 calls("avg_pool1d.default", (t(2, 3, 6), [2]), (t(2, 3, 6), [3], [1], [1]))
 calls("avg_pool2d.default", (t(2, 3, 6, 6), [2, 2]), (t(2, 3, 6, 6), [3, 3], [1, 1], [1, 1]))
 calls("avg_pool3d.default", (t(2, 3, 4, 4, 4), [2, 2, 2]))
-calls("max_pool1d.default", (t(2, 3, 6), [2]))
+calls("max_pool1d.default max_pool1d_with_indices.default", (t(2, 3, 6), [2]))
 calls(
     "max_pool2d.default max_pool2d_with_indices.default",
     (t(2, 3, 6, 6), [2, 2]),
@@ -166,9 +167,12 @@ calls("pad.default", (t(2, 3, 4), [1, 0]), (t(2, 3, 4, 5), [1, 2, 0, 1], "reflec
 calls("reflection_pad1d.default replication_pad1d.default", (t(2, 3, 5), [1, 2]))
 calls("reflection_pad2d.default replication_pad2d.default", (t(2, 3, 5, 5), [1, 2, 2, 0]))
 calls("reflection_pad3d.default replication_pad3d.default", (t(2, 2, 3, 3, 3), [1, 1, 1, 1, 1, 1]))
+calls("pixel_shuffle.default", (t(2, 8, 3, 3), 2))
 calls("pixel_unshuffle.default", (t(2, 3, 4, 4), 2))
 calls("channel_shuffle.default", (t(2, 6, 3), 2), (t(2, 6, 3, 2), 3))
 calls("native_channel_shuffle.default", (t(2, 6, 3, 2), 3))
+calls("im2col.default", (t(2, 3, 5, 5), [2, 2], [1, 1], [0, 0], [1, 1]))
+calls("col2im.default", (t(2, 12, 16), [5, 5], [2, 2], [1, 1], [0, 0], [1, 1]))
 calls("unfold.default", (t(2, 3, 6), 2, 2, 2), (t(2, 6, 3), -2, 3, 1))
 calls("tril.default triu.default", (t(2, 4, 4),), (t(4, 5), 1))
 calls("clone.default contiguous.default detach.default alias.default positive.default", (t(2, 3),))
@@ -196,6 +200,7 @@ calls("index_select.default", (t(2, 5), 1, i(0, 3, 3)), (t(2, 5), -1, i(4, 1)))
 calls("index.Tensor", (t(2, 5), [None, i(0, 3, 3)]), (t(5, 2), [i([0, 1], [4, 2])]), (t(4, 5), [i(0, 1), i(3, 4)]))
 calls("index.Tensor", (t(4, 5), [mask(4)]), (t(2, 3, 4), [i(1, 0), None, i(3, 2)]))
 calls("gather.default", (t(2, 5), 1, i([0, 1, 2], [3, 4, 0])))
+calls("take_along_dim.default", (t(2, 5), i([0, 1, 2], [3, 4, 0]), 1))
 calls("slice_scatter.default", (t(2, 6), t(2, 3), 1, 1, 4), (t(2, 6), t(2, 3), -1, 0, 6, 2))
 calls("select_scatter.default", (t(2, 3, 4), t(2, 4), 1, 2), (t(2, 3), t(2), -1, 0))
 calls("scatter.src scatter_add.default", (t(2, 5), 1, i([0, 1, 2], [3, 4, 0]), t(2, 3)))
@@ -204,6 +209,9 @@ calls("zeros_like.default ones_like.default", (t(2, 3),))
 calls("full_like.default", (t(2, 3), 1.5))
 # recurrent
 _LSTM = [t(12, 4), t(12, 3), t(12), t(12)]
+calls("lstm.input", (t(2, 5, 4), [t(1, 2, 3), t(1, 2, 3)], _LSTM, True, 1, 0.0, False, False, True))
+calls("gru.input", (t(2, 5, 4), t(1, 2, 3), [t(9, 4), t(9, 3), t(9), t(9)], True, 1, 0.0, False, False, True))
+calls("rnn_tanh.input rnn_relu.input", (t(2, 5, 4), t(1, 2, 3), [t(3, 4), t(3, 3)], False, 1, 0.0, False, False, True))
 # pointwise
 _PAIRS = ((t(2, 3), t(2, 3)), (t(2, 3), t(3)), (t(2, 1, 3), t(4, 1)), (t(2, 3), t(1, 3)), (t(3), t(4, 2, 1)))
 calls("add.Tensor sub.Tensor mul.Tensor div.Tensor maximum.default minimum.default pow.Tensor_Tensor", *_PAIRS)
