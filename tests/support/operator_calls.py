@@ -207,9 +207,6 @@ calls("scatter.src scatter_add.default", (t(2, 5), 1, i([0, 1, 2], [3, 4, 0]), t
 # like
 calls("zeros_like.default ones_like.default", (t(2, 3),))
 calls("full_like.default", (t(2, 3), 1.5))
-# recurrent
-calls("gru.input", (t(2, 5, 4), t(1, 2, 3), [t(9, 4), t(9, 3), t(9), t(9)], True, 1, 0.0, False, False, True))
-calls("rnn_tanh.input rnn_relu.input", (t(2, 5, 4), t(1, 2, 3), [t(3, 4), t(3, 3)], False, 1, 0.0, False, False, True))
 # pointwise
 _PAIRS = ((t(2, 3), t(2, 3)), (t(2, 3), t(3)), (t(2, 1, 3), t(4, 1)), (t(2, 3), t(1, 3)), (t(3), t(4, 2, 1)))
 calls("add.Tensor sub.Tensor mul.Tensor div.Tensor maximum.default minimum.default pow.Tensor_Tensor", *_PAIRS)
