@@ -116,24 +116,24 @@ class Costs:
             if node.op == "tensor":
                 if graph.tensors[node.args[0]].kind == "parameter":
                     found["params"].append(tuple(self.shape(node)))
-            elif node.op != "input" and isinstance(node.meta, Meta):
+            elif node.op != "input" and isinstance(node.meta, (Meta, tuple)):
                 found["macs"] += self._macs(node)
                 if not _moves(node.op):
-                    found["bytes"].append((*self.shape(node), Size(node.meta.dtype.itemsize)))
+                    for number, meta in enumerate(_values(node)):
+                        if isinstance(meta, Meta):
+                            found["bytes"].append((*self.shape(node, number=number), Size(meta.dtype.itemsize)))
         read = {node.args[0] for node in graph.nodes.values() if node.op == "tensor"}
         for info in graph.tensors.values():
             if info.kind == "parameter" and info.name not in read:
                 found["params"].append(tuple(Size(n) for n in info.shape))
         return found
 
-    def shape(self, node: Node, inside: bool = False) -> list[Size]:
-        """Sizes of the axes of a node's (first) value, batched dimensions scaled to the caller's batch.
+    def shape(self, node: Node, inside: bool = False, number: int = 0) -> list[Size]:
+        """Sizes of the axes of one of a node's values, batched dimensions scaled to the caller's batch.
 
         An operator that runs on filled-up axes has them whole `inside`; what it hands on is cut again.
         """
-        axes = self._coupling.values(node)[0]
-        meta = node.meta if isinstance(node.meta, Meta) else node.meta[0]  # type: ignore[index]
-        assert isinstance(meta, Meta)
+        axes, meta = self._coupling.values(node)[number], _values(node)[number]
         batched = meta.batched or (False,) * len(axes)
         restricted = self._coupling.flow.restricted.get(node.name, set()) if inside else set()
         return [
@@ -231,7 +231,7 @@ class Costs:
 
     def _recurrent(self, node: Node, bound: dict[str, Any]) -> list[Term]:
         steps = self._operand(node, bound["input"])[:-1]
-        weights = [self._operand(node, ref) for ref in bound["params"]]
+        weights = [self._operand(node, ref) for ref in bound.get("params") or (bound["w_ih"], bound["w_hh"])]
         return [(*steps, *shape) for shape in weights if len(shape) == 2]
 
 
@@ -246,10 +246,9 @@ class _Counted(Costs):
         """The graph that is counted."""
         return self._plain
 
-    def shape(self, node: Node, inside: bool = False) -> list[Size]:
-        """Sizes of a node's (first) value as they are."""
-        meta = node.meta if isinstance(node.meta, Meta) else node.meta[0]  # type: ignore[index]
-        assert isinstance(meta, Meta)
+    def shape(self, node: Node, inside: bool = False, number: int = 0) -> list[Size]:
+        """Sizes of one of a node's values as they are."""
+        meta = _values(node)[number]
         batched = meta.batched or (False,) * len(meta.shape)
         return [Size(n * (self._plain.batch if b else 1.0)) for n, b in zip(meta.shape, batched, strict=True)]
 
@@ -266,6 +265,11 @@ def counted(graph: Graph) -> Cost:
     costs = _Counted(graph)
     nothing = np.zeros((1, 0))
     return Cost(*(round(float(costs.evaluate(what, nothing)[0])) for what in ("macs", "params", "bytes")))
+
+
+def _values(node: Node) -> list[Any]:
+    """Shape and dtype of each value a node computes."""
+    return list(node.meta) if isinstance(node.meta, tuple) else [node.meta]
 
 
 def _moves(op: str) -> bool:

@@ -84,7 +84,23 @@ def describe(call: Call, shapes: Mapping[str, tuple[int, ...]], slots: Sequence[
     found = Description()
     for slot in slots:
         _follow(call, base, slot, found, generator)
+    _pair_up(found)
     return found
+
+
+def _pair_up(found: Description) -> None:
+    """Two axes that are multiplied and summed are so for both of them: one found, the other follows or neither."""
+    for slot, partners in list(found.partners.items()):
+        for other, at in partners:
+            if other not in found.mixed:
+                continue
+            if (np.sort(at) == np.arange(len(at))).all():
+                found.mixed.discard(other)
+                found.partners.setdefault(other, []).append((slot, np.argsort(at)))
+            else:
+                found.mixed.add(slot)
+                del found.partners[slot]
+                break
 
 
 def _follow(

@@ -10,7 +10,7 @@ import torch
 from metaprune.graphs import operators, structure
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.gates import Gates, gated_call
-from metaprune.graphs.ir import Graph, Node, Training
+from metaprune.graphs.ir import Graph, Momentum, Node, Training
 from metaprune.graphs.structure import Ref
 
 Watch = Callable[[Node, Any], None]
@@ -57,9 +57,9 @@ def execute(
         elif node.op == "tensor":
             env[node.name] = values[node.args[0]]
         elif gates is not None and node.name in gates.sites:
-            env[node.name] = gated_call(node, gates, *_arguments(node, env, training))
+            env[node.name] = gated_call(node, gates, *_arguments(node, env, values, training))
         else:
-            args, kwargs = _arguments(node, env, training)
+            args, kwargs = _arguments(node, env, values, training)
             env[node.name] = operators.resolve(node.op)(*args, **kwargs)
         if watch is not None:
             watch(node, env[node.name])
@@ -108,12 +108,16 @@ def _match(spec: Any, value: Any, path: str, leaves: dict[str, torch.Tensor]) ->
             _match(item, value[i], f"{path}[{i}]", leaves)
 
 
-def _arguments(node: Node, env: Mapping[str, Any], training: bool) -> tuple[list[Any], dict[str, Any]]:
+def _arguments(
+    node: Node, env: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], training: bool
+) -> tuple[list[Any], dict[str, Any]]:
     def plain(value: Any) -> Any:
         if isinstance(value, Ref):
             return env[value.name]
         if isinstance(value, Training):
             return training
+        if isinstance(value, Momentum):
+            return value.value(tensors, training)
         return [plain(v) for v in value] if isinstance(value, tuple) else value
 
     return [plain(a) for a in node.args], {k: plain(v) for k, v in node.kwargs.items()}

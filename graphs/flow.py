@@ -102,6 +102,7 @@ class Flow:
     _values: dict[str, Any] | None = None
     _splits: dict[tuple[int, tuple[int, ...]], tuple[Axis, tuple[Axis, ...]]] = field(default_factory=dict)
     _constants: dict[str, NDArray[np.int64] | None] = field(default_factory=dict)
+    _activations: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.reorderings = find_reorderings(self.graph)
@@ -132,6 +133,14 @@ class Flow:
         if isinstance(value, tuple):
             return tuple(self.number(item) for item in value)
         return value
+
+    def is_activation(self, value: Any) -> bool:
+        """Whether an input of the network enters an argument."""
+        if not self._activations:
+            for node in self.graph.nodes.values():
+                if node.op == "input" or any(name in self._activations for name in node.refs()):
+                    self._activations.add(node.name)
+        return isinstance(value, Ref) and value.name in self._activations
 
     def constant(self, value: Any) -> NDArray[np.int64] | None:
         """An integer tensor that no input and no parameter enters, else None."""
@@ -250,9 +259,16 @@ class Flow:
         key = (id(axis.ids), tuple(sizes))
         if key not in self._splits:
             zero = axis.all_zero
+            table = axis.ids.reshape(sizes)
             real = [i for i, size in enumerate(sizes) if size > 1]
-            if len(real) == 1:
-                factors = tuple(axis if i == real[0] else self.fixed(1, "a single position") for i in range(len(sizes)))
+            along = [i for i in real if (table != table.take([0], i)).any()]
+            if len(along) == 1:  # the others only repeat the same units
+                row = np.moveaxis(table, along[0], 0).reshape(sizes[along[0]], -1)[:, 0]
+                line = axis if len(real) == 1 else Axis(len(row), row, np.asarray(zero))
+                factors = tuple(
+                    line if i == along[0] else self.fixed(size, "repeats of the same units")
+                    for i, size in enumerate(sizes)
+                )
             else:
                 factors = tuple(self.fresh(size, zero) for size in sizes)
                 self.product(axis, factors, op)
@@ -338,7 +354,7 @@ class Flow:
 
 def evaluate(node: Node, values: dict[str, Any]) -> Any:
     """Runs one node on values of the nodes it reads."""
-    from metaprune.graphs.ir import Training, substitute
+    from metaprune.graphs.ir import Momentum, Training, substitute
 
     def find(ref: Ref) -> Any:
         return values[ref.name]
@@ -346,6 +362,8 @@ def evaluate(node: Node, values: dict[str, Any]) -> Any:
     def plain(value: Any) -> Any:
         if isinstance(value, Training):
             return False
+        if isinstance(value, Momentum):
+            return 0.0
         return [plain(v) for v in value] if isinstance(value, tuple) else value
 
     function: Callable[..., Any] = operators.resolve(node.op)

@@ -36,6 +36,21 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Momentum:
+    """Stands in an argument list for the momentum of a batch norm that averages over all batches it has seen.
+
+    Attributes:
+        counter: Name of the tensor that counts the batches.
+    """
+
+    counter: str
+
+    def value(self, tensors: Mapping[str, torch.Tensor], training: bool) -> float:
+        """The weight of the current batch."""
+        return 1.0 / max(1, int(tensors[self.counter])) if training else 0.0
+
+
+@dataclass(frozen=True)
 class Meta:
     """Shape and dtype of a tensor value; `batched` marks the dimensions that grow with a dynamic axis."""
 
@@ -280,6 +295,9 @@ def verify(graph: Graph) -> None:
                 raise GraphError(f"node {name} has shape {node.shape}, its tensor {node.args[0]} {shape}")
         elif node.op != "input":
             check_call(node.op, node.args, node.kwargs)
+            for value in node.args:
+                if isinstance(value, Momentum) and value.counter not in graph.tensors:
+                    raise GraphError(f"node {name} counts batches in the unknown tensor {value.counter}")
         seen.add(name)
     for ref in refs(graph.signature.output):
         if ref not in seen:

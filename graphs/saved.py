@@ -20,7 +20,7 @@ from torch import nn
 from metaprune.graphs import structure
 from metaprune.graphs.errors import LoadError, MetapruneError
 from metaprune.graphs.files import write_atomically
-from metaprune.graphs.ir import Graph, Meta, Node, Signature, TensorInfo, Training, verify
+from metaprune.graphs.ir import Graph, Meta, Momentum, Node, Signature, TensorInfo, Training, verify
 from metaprune.graphs.plan import Plan
 from metaprune.graphs.structure import Record, Ref, Sequence
 
@@ -197,7 +197,8 @@ def _decode_graph(body: dict[str, Any], values: dict[str, torch.Tensor], example
     inputs = {node.name for node in nodes.values() if node.op == "input"}
     spec = {n for value in (*signature.spec[0], *signature.spec[1].values()) for n in structure.refs(value)}
     if inputs != spec or inputs != set(example):
-        raise LoadError("the inputs of the graph, its signature and its example differ")
+        named_once = sorted((inputs | spec | set(example)) - (inputs & spec & set(example)))
+        raise LoadError(f"the graph, its signature and its example differ in the inputs {', '.join(named_once)[:80]}")
     if not 0 < graph.batch <= _LARGEST:
         raise LoadError(f"a batch ratio of {graph.batch} makes no sense")
     return graph
@@ -208,6 +209,8 @@ def _encode(value: Any) -> Any:
         return {"ref": value.name}
     if isinstance(value, Training):
         return {"training": True}
+    if isinstance(value, Momentum):
+        return {"momentum": value.counter}
     if isinstance(value, (Record, Sequence)):
         kind, name = ("record", "builtins:dict") if isinstance(value, Record) else ("sequence", "builtins:tuple")
         name = value.cls if value.cls in _PLAIN or _is_output_class(value.cls) else name
@@ -241,6 +244,8 @@ def _decode(value: Any) -> Any:
         return Ref(_name(value["ref"]))
     if "training" in value:
         return Training()
+    if "momentum" in value:
+        return Momentum(_name(value["momentum"], _TENSOR))
     if "dtype" in value:
         return _dtype(value["dtype"])
     if "device" in value:

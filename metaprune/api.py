@@ -242,7 +242,10 @@ def _reference_output(graph: Graph) -> list[torch.Tensor] | None:
     if any(value.is_meta for value in graph.values.values()):
         return None
     with torch.no_grad():
-        return _flat(execute(graph, graph.values, graph.example))
+        try:
+            return _flat(execute(graph, graph.values, graph.example))
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise CertificateError(f"the cut network does not run: {error}") from error
 
 
 def _flat(output: Any) -> list[torch.Tensor]:

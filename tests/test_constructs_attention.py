@@ -289,7 +289,7 @@ CASES = [
         two((5, 8), (3, 7)),
         {"head_dim": (4, 6), "query_group": (4,)},
     ),
-    Case("einsum", lambda: stacked(Einsum(8, 2, 4)), vectors(5, 6), {"ffn": (8,), "other": (2, 4, 4, 8)}),
+    Case("einsum", lambda: stacked(Einsum(8, 2, 4)), vectors(5, 6), {"ffn": (8, 8), "head_dim": (4, 4), "heads": (2,)}),
     Case(
         "multihead",
         lambda: stacked(

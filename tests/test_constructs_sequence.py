@@ -228,7 +228,7 @@ CASES = [
         "stacked_experts",
         lambda: nn.Sequential(nn.Linear(6, 8), StackedExperts(8, 10, 3), nn.Linear(8, 3)),
         vectors(4, 6),
-        {"ffn": (3, 8), "other": (8, 10)},
+        {"ffn": (3, 8, 8, 10)},
         ("output",),
     ),
     Case(

@@ -20,7 +20,6 @@ from tests.support.operator_calls import CALLS, T
 
 # Rows that no call with plain tensors can reach, or that have no axes to speak of.
 UNCOVERED = {
-    "its batch enters through two states; see the recurrent constructs": "lstm gru rnn_tanh rnn_relu",
     "makes values from nothing": """
         zeros new_zeros ones new_ones full new_full empty new_empty empty_like arange linspace logspace eye
         scalar_tensor rand randn randint randperm tril_indices triu_indices meshgrid one_hot

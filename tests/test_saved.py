@@ -122,9 +122,7 @@ def test_a_loaded_network_is_the_saved_one(name: str, tmp_path: Path) -> None:
     assert set(loaded.state_dict()) >= set(result.module.state_dict())
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet", "multihead_cross", "vision_transformer", "lstm_bidirectional", "llama_tied"]
-)
+@pytest.mark.parametrize("name", ["resnet", "vision_transformer", "lstm_bidirectional"])
 def test_loading_into_a_fresh_network_gives_the_native_form(name: str, tmp_path: Path) -> None:
     network, result, inputs = pruned(name)
     assert result.kind == "native"
@@ -140,6 +138,15 @@ def test_loading_into_a_fresh_network_gives_the_native_form(name: str, tmp_path:
         found, expected = oracle.call(loaded.eval(), inputs), oracle.call(result.module.eval(), inputs)
     assert all(torch.equal(a, b) for a, b in zip(oracle.flat(found), oracle.flat(expected), strict=True))
     assert all(torch.equal(value, state[key]) for key, value in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["multihead_cross", "llama_tied"])
+def test_a_network_whose_class_can_not_express_the_cut_is_portable(name: str, tmp_path: Path) -> None:
+    _, result, _ = pruned(name)
+    assert result.kind == "portable"
+    result.save(tmp_path / "out")
+    with pytest.raises(mp.MetapruneError, match="without `into`"):
+        mp.load(tmp_path / "out", into=CASES[name].build())
 
 
 def test_loading_into_another_network_is_refused(saved: Path) -> None:

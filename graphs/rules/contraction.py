@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from metaprune.graphs.flow import Axes, Axis, Flow
@@ -107,11 +108,26 @@ def _matmul(state: Flow, node: Node, bound: Bound) -> Axes:
     rows = [a[-2].with_zero(a[-2].zero)] if len(a) > 1 else []
     columns = [b[-1].with_zero(b[-1].zero)] if len(b) > 1 else []
     batch = broadcast(state, [a[:-2], b[:-2]], "matmul")
-    _attention_roles(state, batch, [a[-1], *columns])
+    if state.is_activation(left) and state.is_activation(right):
+        _attention_roles(state, batch, [a[-1], *columns])
     return (*batch, *rows, *columns)
 
 
-def _attention_roles(state: Flow, batch: Axes, features: list[Axis]) -> None:
+def _batched(text: str, operands: str, zero: str) -> Rule:
+    """A product of batches of matrices, the batch first in both operands."""
+    rule = signature(text, operands, zero, "out 0[-1]")
+    first, second = operands.split()[:2]
+
+    def flow(state: Flow, node: Node, bound: Bound) -> Axes:
+        axes: Axes = rule.flow(state, node, bound)
+        if state.is_activation(bound[first]) and state.is_activation(bound[second]):
+            _attention_roles(state, axes[:1], [state.of(bound[first])[-1], axes[-1]])
+        return axes
+
+    return Rule(flow, None, rule.macs, rule.operands)
+
+
+def _attention_roles(state: Flow, batch: Iterable[Axis], features: Iterable[Axis]) -> None:
     """In a batched product of two activations, batch axes that can be pruned are heads with the features inside."""
     heads = [axis for axis in batch if axis.ids is not None]
     for axis in heads:
@@ -172,7 +188,24 @@ def _einsum(state: Flow, node: Node, bound: Bound) -> Axes:
             result[letter] = tied.with_zero(zero)
         else:
             state.contract(node, where, "einsum")
+    _einsum_roles(state, dict(zip(operands, patterns, strict=True)), uses, out)
     return tuple(result[letter] for letter in out)
+
+
+def _einsum_roles(
+    state: Flow, patterns: dict[Ref, list[str]], uses: dict[str, list[tuple[Ref, int, Axis]]], out: list[str]
+) -> None:
+    """As in a linear map for a parameter's letters, as in a batched product where two activations meet."""
+    active = [set(pattern) for operand, pattern in patterns.items() if state.is_activation(operand)]
+    weights = [set(pattern) for operand, pattern in patterns.items() if not state.is_activation(operand)]
+    axis = {letter: where[0][2] for letter, where in uses.items()}
+    for letter in set(out).intersection(*weights[:1]):
+        if axis[letter].ids is not None:
+            state.atoms.role(axis[letter].ids, "ffn")  # type: ignore[arg-type]
+    if len(active) == 2:
+        passed_on = set(out).union(*weights)
+        heads = active[0] & active[1] & passed_on
+        _attention_roles(state, [axis[k] for k in heads], [axis[k] for k in (active[0] | active[1]) - heads])
 
 
 ROWS: dict[str, Rule] = {
@@ -181,11 +214,9 @@ ROWS: dict[str, Rule] = {
     "aten.convolution": _general(),
     "aten.linear": signature("*b i, o i, o -> *b o", "input weight bias", "0*1+2", "out 0[-1]", roles="o=ffn"),
     "aten.mm": signature("a i, i b -> a b", "self mat2", "0*1", "out 0[-1]"),
-    "aten.bmm": signature("h a i, h i b -> h a b", "self mat2", "0*1", "out 0[-1]", roles="h=heads"),
+    "aten.bmm": _batched("h a i, h i b -> h a b", "self mat2", "0*1"),
     "aten.addmm": signature("a i, i b, b -> a b", "mat1 mat2 self", "0*1+2", "out 0[-1]", roles="b=ffn"),
-    "aten.baddbmm": signature(
-        "h a i, h i b, h a b -> h a b", "batch1 batch2 self", "0*1+2", "out 0[-1]", roles="h=heads"
-    ),
+    "aten.baddbmm": _batched("h a i, h i b, h a b -> h a b", "batch1 batch2 self", "0*1+2"),
     "aten._grouped_mm": signature("s i, e i o, e -> s o", "self mat2 offs", "0*1", "out 0[-1]", pin="e", roles="o=ffn"),
     "transformers.grouped_mm_fallback": signature(
         "s i, e i o, e -> s o", "input weight offs", "0*1", "out 0[-1]", pin="e", roles="o=ffn"

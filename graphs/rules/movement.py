@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,31 @@ def regroup(state: Flow, axes: Axes, shape: Sequence[int], op: str) -> Axes:
         if len(sizes) == 1:
             out.append(state.merge(run, op) if run else state.fixed(1, "a single position"))
         elif sizes:
-            out.extend(state.split(state.merge(run, op), sizes, op))
+            out.extend(_refactor(state, run, sizes, op))
     return tuple(out)
+
+
+def _refactor(state: Flow, run: Sequence[Axis], sizes: Sequence[int], op: str) -> Axes:
+    """Axes under other sizes of the same volume: through their common factors where there are such."""
+    steps = sorted({prod(sizes), *_strides([axis.size for axis in run]), *_strides(sizes)}, reverse=True)
+    if any(outer % inner for outer, inner in pairwise(steps)):
+        return state.split(state.merge(run, op), sizes, op)
+    factors: list[Axis] = []
+    for axis, inner in zip(run, _strides([axis.size for axis in run]), strict=True):
+        within = [step for step in steps if inner <= step <= inner * axis.size]
+        factors += state.split(axis, [a // b for a, b in pairwise(within)], op) if axis.size > 1 else ()
+    out: list[Axis] = []
+    for size in sizes:
+        mine: list[Axis] = []
+        while prod(axis.size for axis in mine) < size:
+            mine.append(factors.pop(0))
+        out.append(state.merge(mine, op) if mine else state.fixed(1, "a single position"))
+    return tuple(out)
+
+
+def _strides(sizes: Sequence[int]) -> list[int]:
+    """Distance of neighbours along each axis, in elements."""
+    return [prod(sizes[i + 1 :]) for i in range(len(sizes))]
 
 
 def _reshape(state: Flow, node: Node, bound: Bound) -> Axes:

@@ -36,6 +36,7 @@ def _recurrent(gates: int) -> Rule:
         if len(inputs) == 3:
             batch = inputs[0 if bound["batch_first"] else 1]
             state.tie([batch, *(state.of(r)[-2] for r in states)], op)
+        state.pin(inputs[1 if len(inputs) == 3 and bound["batch_first"] else 0], f"{op} runs along it")
         feature, place = inputs[-1], len(inputs) - 1
         for layer in range(bound["num_layers"]):
             outs: list[Axis] = []
@@ -87,9 +88,38 @@ def _cell(
     return hidden
 
 
+def _step(gates: int) -> Rule:
+    """One step of a recurrent cell: the new state (and the memory of an LSTM) from the input and the old ones."""
+
+    def flow(state: Flow, node: Node, bound: Bound) -> Any:
+        states: tuple[Ref, ...] = bound["hx"] if isinstance(bound["hx"], tuple) else (bound["hx"],)
+        op = node.base
+        old = [state.of(ref) for ref in states]
+        inputs, ref = state.of(bound["input"]), bound["input"]
+        state.use(inputs)
+        if len(inputs) != 2:
+            raise Unmatched("an input without a batch dimension")
+        batch = state.tie([inputs[0], *(axes[0] for axes in old)], op).with_zero(False)
+        hidden = state.tie([axes[-1] for axes in old], op)
+        given = [bound.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+        params = [param for param in given if param is not None]
+        _cell(state, node, params, hidden, inputs[-1], (ref, 1), gates, op)
+        if hidden.ids is not None:
+            state.atoms.role(hidden.ids, "hidden")
+        silent = all(axes[-1].all_zero for axes in old) and _vanishing(state, params)
+        result = (batch, hidden.with_zero(silent))
+        return result if len(states) == 1 else [result] * len(states)
+
+    return Rule(flow, None, "recurrent", ("input", "w_ih", "w_hh"))
+
+
 ROWS: dict[str, Rule] = {
     "aten.lstm": _recurrent(4),
     "aten.gru": _recurrent(3),
     "aten.rnn_tanh": _recurrent(1),
     "aten.rnn_relu": _recurrent(1),
+    "aten.lstm_cell": _step(4),
+    "aten.gru_cell": _step(3),
+    "aten.rnn_tanh_cell": _step(1),
+    "aten.rnn_relu_cell": _step(1),
 }

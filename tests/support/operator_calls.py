@@ -231,3 +231,17 @@ calls("fill.Tensor", (t(2, 3), t()))
 calls("isnan.default isinf.default", (t(2, 3),))
 calls("prelu.default", (t(2, 3, 4), t(3)), (t(2, 3), t(1)))
 calls("glu.default", (t(2, 6), 1), (t(2, 6, 3), -2))
+
+# recurrent
+calls("lstm_cell.default", (t(2, 4), [t(2, 3), t(2, 3)], t(12, 4), t(12, 3), t(12), t(12)))
+calls("gru_cell.default", (t(2, 4), t(2, 3), t(9, 4), t(9, 3), t(9), t(9)))
+calls("rnn_tanh_cell.default rnn_relu_cell.default", (t(2, 4), t(2, 3), t(3, 4), t(3, 3)))
+calls(
+    "lstm.input",
+    (t(2, 5, 4), [t(1, 2, 3), t(1, 2, 3)], [t(12, 4), t(12, 3), t(12), t(12)], True, 1, 0.0, False, False, True),
+)
+calls("gru.input", (t(2, 5, 4), t(1, 2, 3), [t(9, 4), t(9, 3), t(9), t(9)], True, 1, 0.0, False, False, True))
+calls(
+    "rnn_tanh.input rnn_relu.input",
+    (t(2, 5, 4), t(1, 2, 3), [t(3, 4), t(3, 3), t(3), t(3)], True, 1, 0.0, False, False, True),
+)
