@@ -15,6 +15,7 @@ from metaprune.graphs import structure
 from metaprune.graphs.errors import CertificateError, MetapruneError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.reference import Channels, Weights, names_of, run_exact
+from metaprune.graphs.rms import parameter_behind
 from metaprune.graphs.structure import Ref
 from metaprune.graphs.surgery import Incision
 
@@ -218,11 +219,11 @@ class Prover:
         for node in self._graph.nodes.values():
             if node.base not in _NORMS:
                 continue
-            for name in node.refs():
-                source = self._graph.nodes[name]
-                dims = self._incision.kept.get(source.args[0], {}) if source.op == "tensor" else {}
-                if dims:
-                    found[source.args[0]] = {d: torch.from_numpy(index) for d, index in dims.items()}
+            for ref in node.refs():
+                name, _ = parameter_behind(self._graph, Ref(ref))
+                dims = self._incision.kept.get(name, {}) if name else {}
+                if name and dims:
+                    found[name] = {d: torch.from_numpy(index) for d, index in dims.items()}
         return found
 
 

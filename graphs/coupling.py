@@ -34,6 +34,7 @@ ROLES = (
 )  # weakest first: a stronger role wins
 _NAMED = ROLES.index("conv_group")
 _UNUSED = "not used by the forward pass"
+_SINGLE = "a single unit"
 _MIXED = "reshaped in a way that no rectangular cut survives"
 
 
@@ -244,7 +245,8 @@ def _group(coupling: Coupling, why: list[str | None], role: NDArray[np.int8]) ->
     for (_, reason, kind), own in zip(keys, slices, strict=True):
         number = len(coupling.groups)
         name = _name(coupling.graph, own, ROLES[kind], taken)
-        coupling.groups.append(Group(name, ROLES[kind], len(members[number]), tuple(own), reason or ""))
+        size = len(members[number])
+        coupling.groups.append(Group(name, ROLES[kind], size, tuple(own), reason or ("" if size > 1 else _SINGLE)))
 
 
 def _name(graph: Graph, slices: list[Slice], kind: str, taken: dict[str, int]) -> str:

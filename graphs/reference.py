@@ -48,6 +48,7 @@ class Exact(TorchFunctionMode):
         self._names = names
         self._weights = weights
         self._lifted: dict[int, str] = {}
+        self._derived: dict[int, tuple[torch.Tensor, str]] = {}
         self._eps = eps
         self._depth = 0
         self._inner = _Double(self, channels or {})
@@ -57,18 +58,29 @@ class Exact(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "__get__":
             found = func(*args, **kwargs)
-            return torch.float64 if isinstance(found, torch.dtype) and found in _LOW else found
+            if not isinstance(found, torch.Tensor):
+                return torch.float64 if isinstance(found, torch.dtype) and found in _LOW else found
         new_args, new_kwargs = tree_map(self.lift, args), tree_map(self.lift, kwargs)
         if getattr(func, "__name__", "").partition(".")[0] == "rms_norm":  # a function or an operator overload
             new_args, new_kwargs = self._with_eps(new_args, new_kwargs)
         self._depth += 1
         try:
             with self._inner:
-                return func(*new_args, **new_kwargs)
+                result = func(*new_args, **new_kwargs)
+            self._derive(args, result)
+            return result
         finally:
             self._depth -= 1
             if not self._depth:
                 self._lifted.clear()
+
+    def _derive(self, args: Any, result: Any) -> None:
+        """A vector computed from one weight alone, such as `weight + 1`, has that weight's channels."""
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and result.ndim == 1 and len(tensors) == 1:
+            name = self.owner(tensors[0])
+            if name is not None and result.shape == tensors[0].shape:
+                self._derived[id(result)] = (result, name)
 
     def _with_eps(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Arguments of a root-mean-square norm with the epsilon that the original's dtype implies."""
@@ -89,7 +101,8 @@ class Exact(TorchFunctionMode):
 
     def owner(self, tensor: torch.Tensor) -> str | None:
         """Name of the network's tensor that an operand is, or stands for."""
-        return self._lifted.get(id(tensor)) or self._names.get(id(tensor))
+        name = self._lifted.get(id(tensor)) or self._names.get(id(tensor))
+        return name or self._derived.get(id(tensor), (None, None))[1]
 
 
 class _Double(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -25,6 +25,7 @@ class RmsNorm:
         source: The value whose axes are normalised.
         dims: Those axes.
         weight: Name of the weight tensor.
+        offset: What is added to the weight before it multiplies.
         epsilon: Node that adds epsilon; empty when fused.
         value: Epsilon.
         ratio: N / N', set when a cut is made.
@@ -34,9 +35,14 @@ class RmsNorm:
     source: Ref
     dims: tuple[int, ...]
     weight: str
+    offset: float = 0.0
     epsilon: str = ""
     value: float = 0.0
     ratio: float = 1.0
+
+    def held(self, gain: float) -> tuple[float, float]:
+        """Factor and shift of the weight that multiply the norm's output by `gain`."""
+        return gain, (gain - 1.0) * self.offset
 
 
 def find_rms_norms(graph: Graph) -> list[RmsNorm]:
@@ -58,7 +64,7 @@ def _fused(graph: Graph, node: Node) -> RmsNorm | None:
         return None
     rank = len(graph.nodes[bound["input"].name].shape)
     count = len(bound["normalized_shape"])
-    return RmsNorm(node.name, bound["input"], tuple(range(rank - count, rank)), weight)
+    return RmsNorm(node.name, bound["input"], tuple(range(rank - count, rank)), *weight)
 
 
 def _spelled(graph: Graph, mean: Node) -> RmsNorm | None:
@@ -79,7 +85,7 @@ def _spelled(graph: Graph, mean: Node) -> RmsNorm | None:
     for arg in weighted.args:
         weight = _own_weight(graph, arg, weighted)
         if weight is not None:
-            return RmsNorm(mean.name, square, tuple(sorted(dims)), weight, add.name, epsilon)
+            return RmsNorm(mean.name, square, tuple(sorted(dims)), *weight, add.name, epsilon)
     return None
 
 
@@ -97,15 +103,28 @@ def _next(graph: Graph, node: Node, base: str) -> Node | None:
             return None
 
 
-def _own_weight(graph: Graph, value: object, user: Node) -> str | None:
-    """The tensor behind an operand and casts, if this is its only use and it has one name."""
-    if not isinstance(value, Ref):
+def _own_weight(graph: Graph, value: object, user: Node) -> tuple[str, float] | None:
+    """The tensor behind an operand, and what is added to it on the way, if this is its only use."""
+    name, offset = parameter_behind(graph, value)
+    if name is None:
         return None
-    node = graph.nodes[value.name]
-    while node.op != "tensor":
-        inner = node.args[0] if node.args else None
-        if node.base not in _CASTS or not isinstance(inner, Ref) or len(graph.users[node.name]) != 1:
-            return None
-        node = graph.nodes[inner.name]
-    alone = len(graph.users[node.name]) == 1 and len(graph.tensors[node.args[0]].aliases) == 1
-    return node.args[0] if alone and len(node.shape) == 1 else None
+    node = next(n for n in graph.nodes.values() if n.op == "tensor" and n.args[0] == name)
+    alone = len(graph.users[node.name]) == 1 and len(graph.tensors[name].aliases) == 1
+    return (name, offset) if alone and len(node.shape) == 1 else None
+
+
+def parameter_behind(graph: Graph, value: object) -> tuple[str | None, float]:
+    """The tensor that an operand is, behind casts and added numbers, and the sum of those; None for anything else."""
+    offset = 0.0
+    while isinstance(value, Ref):
+        node = graph.nodes[value.name]
+        if node.op == "tensor":
+            return node.args[0], offset
+        refs = [a for a in node.args if isinstance(a, Ref)]
+        numbers = [a for a in node.args if isinstance(a, (int, float))]
+        added = node.base == "add" and len(refs) == len(numbers) == 1 and not node.kwargs
+        if len(refs) != 1 or not (node.base in _CASTS or added) or len(graph.users[node.name]) != 1:
+            break
+        offset += numbers[0] if added else 0.0
+        value = refs[0]
+    return None, 0.0

@@ -30,24 +30,29 @@ class Incision:
     Attributes:
         graph: The smaller graph, with its own tensors.
         kept: For every tensor name that shrinks (aliases included), the kept positions of each shrunk dimension.
-        scales: Factor by which a one-dimensional tensor is multiplied to hold a root-mean-square norm exact.
+        scales: Factor and shift by which a one-dimensional tensor changes to hold a root-mean-square norm exact.
         literals: Numbers written into the forward pass that changed: (module path, old value, new value); a default
             that had to be written out has the old value (None, argument).
     """
 
     graph: Graph
     kept: Kept
-    scales: dict[str, float]
+    scales: dict[str, tuple[float, float]]
     literals: tuple[tuple[str, Any, Any], ...]
 
     def carry(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the original network as it stands in the cut one: its kept part, rescaled where it must be."""
-        part = tensor.detach()
-        for dim, index in self.kept.get(name, {}).items():
-            part = part.index_select(dim, torch.from_numpy(index).to(part.device))
-        if name in self.scales:
-            part = part * self.scales[name]
-        return part
+        return carried(tensor, self.kept.get(name, {}), self.scales.get(name))
+
+
+def carried(
+    tensor: torch.Tensor, kept: Mapping[int, NDArray[np.int64]], scale: tuple[float, float] | None
+) -> torch.Tensor:
+    """The kept part of a tensor, times a factor plus a shift."""
+    part = tensor.detach()
+    for dim, index in kept.items():
+        part = part.index_select(dim, torch.from_numpy(index).to(part.device))
+    return part if scale is None else part * scale[0] + scale[1]
 
 
 def cut(graph: Graph, keep: Mapping[str, tuple[int, ...]]) -> Incision:
@@ -100,7 +105,7 @@ class Cut:
         self._renamed: dict[str, Ref] = {}
         self._operands: dict[str, Ref] = {}
         self._kept: Kept = {}
-        self._scales: dict[str, float] = {}
+        self._scales: dict[str, tuple[float, float]] = {}
         self._literals: list[tuple[str, Any, Any]] = []
         self._unfilled: set[str] = set()
         self._eps: dict[str, RmsNorm] = {}
@@ -231,8 +236,7 @@ class Cut:
             old = int(np.prod([self.old_size(ref, d) for d in dims]))
             if new == old:
                 continue
-            for name in self.graph.tensors[norm.weight].aliases:
-                self._scales[name] = self._scales.get(name, 1.0) * (old / new) ** 0.5
+            self._scales[norm.weight] = norm.held((old / new) ** 0.5)
             self._unfilled.add(norm.statistic)
             if norm.epsilon:
                 self._eps[norm.epsilon] = replace(norm, ratio=old / new)
@@ -245,14 +249,8 @@ class Cut:
             dims = {d: np.flatnonzero(m) for d in range(len(info.shape)) if (m := self.mask(node, d)) is not None}
             if not dims and info.name not in self._scales:
                 continue
-            part = self.graph.values[info.name].detach()
-            for d, index in dims.items():
-                part = part.index_select(d, torch.from_numpy(index).to(part.device))
-            if info.name in self._scales:
-                part = part * self._scales[info.name]
-            self._values[info.name] = part
-            for alias in info.aliases:
-                self._kept[alias] = dims
+            self._kept |= dict.fromkeys(info.aliases, dims)
+            self._values[info.name] = carried(self.graph.values[info.name], dims, self._scales.get(info.name))
         for name, info in self.graph.tensors.items():
             value = self._values.get(name, self.graph.values[name])
             self._tensors[name] = replace(info, shape=tuple(value.shape))

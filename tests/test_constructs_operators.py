@@ -157,7 +157,7 @@ CASES = [
         "einsum",
         lambda m, h: torch.einsum("...i,ij->...j", h, m.w),
         children=lambda: {"w": nn.Parameter(torch.ones(8, 8))},
-        free={"ffn": (8,), "other": (8,)},
+        free={"ffn": (8, 8)},
     ),
     perceptron(
         "einsum_repeated",

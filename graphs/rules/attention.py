@@ -31,11 +31,11 @@ def _sdpa(state: Flow, node: Node, bound: Bound) -> Axes:
         _role(state, inside, "query_group")
         heads = q[-3].with_zero(False)
     else:
-        state.tie([q[-3], k[-3], v[-3]], op)
-        heads = q[-3].with_zero(v[-3].zero)
+        _broadcast(state, [q[-3], k[-3], v[-3]], op)
+        heads = q[-3].with_zero(v[-3].zero if v[-3].size == q[-3].size else False)
         _role(state, q[-3], "heads")
     for i in range(len(q) - 3):
-        state.tie([q[i], k[i], v[i]], op)
+        _broadcast(state, [q[i], k[i], v[i]], op)
     for axis in (q[-1], v[-1]):
         _role(state, axis, "head_dim")
     state.contract(node, [(query, len(q) - 1, q[-1]), (key, len(k) - 1, k[-1])], op)
@@ -49,6 +49,12 @@ def _sdpa(state: Flow, node: Node, bound: Bound) -> Axes:
             if axis.size == against.size and axis.size > 1:
                 state.tie([axis, against], op)
     return (*q[:-3], heads, q[-2].with_zero(False), v[-1])
+
+
+def _broadcast(state: Flow, axes: list[Axis], op: str) -> None:
+    """Ties axes of a batch; one of a single position serves all positions of the others."""
+    size = max(axis.size for axis in axes)
+    state.tie([axis for axis in axes if axis.size == size], op)
 
 
 def _role(state: Flow, axis: Axis, role: str) -> None:

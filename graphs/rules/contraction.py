@@ -98,7 +98,7 @@ def _general() -> Rule:
 
 def _matmul(state: Flow, node: Node, bound: Bound) -> Axes:
     """`torch.matmul`: vectors, matrices, and batches that broadcast."""
-    left, right = bound["self"], bound["other"]
+    left, right = bound["self"], bound["other" if "other" in bound else "mat2"]
     a, b = state.of(left), state.of(right)
     state.use(a)
     state.use(b)
@@ -110,6 +110,9 @@ def _matmul(state: Flow, node: Node, bound: Bound) -> Axes:
     batch = broadcast(state, [a[:-2], b[:-2]], "matmul")
     if state.is_activation(left) and state.is_activation(right):
         _attention_roles(state, batch, [a[-1], *columns])
+    for ref, free in ((left, rows), (right, columns)):
+        if not state.is_activation(ref) and free and free[0].ids is not None:
+            state.atoms.role(free[0].ids, "ffn")
     return (*batch, *rows, *columns)
 
 
@@ -213,7 +216,7 @@ ROWS: dict[str, Rule] = {
     **{f"aten.{name}": _transposed() for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")},
     "aten.convolution": _general(),
     "aten.linear": signature("*b i, o i, o -> *b o", "input weight bias", "0*1+2", "out 0[-1]", roles="o=ffn"),
-    "aten.mm": signature("a i, i b -> a b", "self mat2", "0*1", "out 0[-1]"),
+    "aten.mm": Rule(_matmul, None, "out 0[-1]", ("self", "mat2")),
     "aten.bmm": _batched("h a i, h i b -> h a b", "self mat2", "0*1"),
     "aten.addmm": signature("a i, i b, b -> a b", "mat1 mat2 self", "0*1+2", "out 0[-1]", roles="b=ffn"),
     "aten.baddbmm": _batched("h a i, h i b, h a b -> h a b", "batch1 batch2 self", "0*1+2"),

@@ -115,13 +115,15 @@ def tensor_mutants(graph: Graph, incision: Incision) -> Iterator[Mutant]:
                 yield Mutant(kind, f"{name}[{dim}]", mutated, kept)
     for name in incision.scales:
         if name in incision.graph.tensors:
-            whole = incision.graph.values[name] / incision.scales[name]
+            factor, shift = incision.scales[name]
+            whole = (incision.graph.values[name] - shift) / factor
             yield Mutant("scale left out", name, with_tensor(incision.graph, name, whole))
 
 
 def _carried(graph: Graph, incision: Incision, name: str, dims: dict[int, Any]) -> Tensor:
     part = random_oracle.part_of(graph.values[name].detach(), dims)
-    return part * incision.scales.get(name, 1.0)
+    factor, shift = incision.scales.get(name, (1.0, 0.0))
+    return part * factor + shift
 
 
 def _other_indices(size: int, index: Any) -> Iterator[tuple[str, Any, bool]]:

@@ -102,8 +102,8 @@ def selection(tensor: Tensor, dims: Mapping[int, Any]) -> Tensor:
 def pruned_double(original: nn.Module, pruned: nn.Module, kept: Kept) -> nn.Module:
     """The pruned module in float64, once each of its tensors is shown to be the stated part of the original's.
 
-    A one-dimensional tensor may be the part times sqrt(N / N'), which a root-mean-square norm needs; it is then
-    recomputed in float64.
+    A one-dimensional tensor may be the part times sqrt(N / N'), which a root-mean-square norm needs (or that of
+    weight + 1); it is then recomputed in float64.
     """
     before, after = tensors_of(original), tensors_of(pruned)
     assert set(before) <= set(after), f"tensors are missing: {sorted(set(before) - set(after))}"
@@ -118,9 +118,11 @@ def pruned_double(original: nn.Module, pruned: nn.Module, kept: Kept) -> nn.Modu
             continue
         assert part.ndim == 1, f"{name} differs from the stated part of the original"
         scale = (len(full) / len(part)) ** 0.5
-        close = torch.allclose(part * scale, after[name], rtol=2 * torch.finfo(part.dtype).eps)
-        assert close, f"{name} is neither equal nor rescaled"
-        targets[name].copy_(part.double() * scale)
+        forms = (part.double() * scale, (part.double() + 1) * scale - 1)  # of a norm that multiplies by weight + 1
+        eps = torch.finfo(part.dtype).eps
+        exact = [form for form in forms if torch.allclose(form, after[name].double(), rtol=2 * eps, atol=2 * eps)]
+        assert exact, f"{name} is neither equal nor rescaled"
+        targets[name].copy_(exact[0])
     return result
 
 
