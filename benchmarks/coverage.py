@@ -45,13 +45,23 @@ def counted_macs(model: nn.Module, inputs: oracle.Inputs) -> tuple[int | None, s
             try:
                 moved = copy.deepcopy(model).eval().to(device)
                 on_device = oracle.convert(inputs, lambda t, device=device: t.to(device))
-                counter = FlopCounterMode(display=False)
+                counter = FlopCounterMode(display=False, custom_mapping=_grouped())
                 with torch.set_grad_enabled(gradients), sdpa_kernel(SDPBackend.MATH), counter:
                     oracle.call(moved, on_device)
                 return counter.get_total_flops() // 2, device
             except Exception:  # tried in another way; the caller notes that none worked
                 continue
     return None, "none"
+
+
+def _grouped() -> dict[Any, Callable[..., int]]:
+    """Products of row blocks with one matrix each (mixtures of experts), which torch's counter leaves out."""
+
+    def flops(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * left[-2] * left[-1] * right[-1] * (left[0] if len(left) > 2 else 1)
+
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    return {op: flops for op in (torch.ops.aten._grouped_mm, fallback) if op is not None}
 
 
 def examine(network: networks.Network, engine: str, note: Callable[..., None]) -> None:

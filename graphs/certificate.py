@@ -134,7 +134,7 @@ class Prover:
         full = self._revived.get(name, self._graph.values.get(name, tensor)).detach()
         if not full.is_floating_point():
             return full
-        full = full.double()
+        full = full.to(torch.float64, copy=True)  # the caller may change it
         if self._jitter and self._moves(name, full):
             generator = torch.Generator().manual_seed(crc32(name.encode()))
             noise = torch.randn(full.shape, generator=generator, dtype=torch.float64).to(full.device)
@@ -151,9 +151,9 @@ class Prover:
         if not dims or name.endswith("running_var") or not full.is_floating_point():
             return full
         for dim, index in dims.items():
-            mask = torch.zeros(full.shape[dim], dtype=full.dtype)
-            mask[torch.from_numpy(index)] = 1
-            full = full * mask.reshape([-1 if d == dim else 1 for d in range(full.ndim)]).to(full.device)
+            gone = torch.ones(full.shape[dim], dtype=torch.bool)
+            gone[torch.from_numpy(index)] = False
+            full.index_fill_(dim, gone.nonzero().flatten().to(full.device), 0.0)
         return full
 
     def _cut_weight(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -201,8 +201,8 @@ class Prover:
             value = self._graph.values[info.name].detach()
             if not value.is_floating_point() or value.numel() < 2:
                 continue
-            constant = bool((value == value.flatten()[0]).all())
-            tiny = float(value.abs().max()) < 1e-3
+            low, high = map(float, torch.aminmax(value))
+            constant, tiny = low == high, max(-low, high) < 1e-3
             if not (constant or tiny or _has_zero_slice(value)):
                 continue
             generator = torch.Generator().manual_seed(seed + crc32(info.name.encode()))
@@ -228,8 +228,10 @@ class Prover:
 
 
 def _has_zero_slice(value: torch.Tensor) -> bool:
+    if not bool((value == 0).any()):
+        return False
     if value.ndim == 1:
-        return bool((value == 0).any())
+        return True
     return any(bool((value.transpose(0, d).flatten(1) == 0).all(1).any()) for d in range(min(2, value.ndim)))
 
 

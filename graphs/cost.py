@@ -163,7 +163,7 @@ class Costs:
         return self._cache[key][1]
 
     def _polynomial(self, axis: Axis) -> Size:
-        free = np.array([not group.pinned for group in self._coupling.groups])
+        free = np.array([*(not group.pinned for group in self._coupling.groups), False])  # -1 is no group
         owners = []
         for units in self._coupling.units(axis):
             owner = np.where(units >= 0, self._coupling.owner[units], -1)

@@ -119,7 +119,7 @@ def _follow(
                 results = call({**base, name: dyed})
                 pair.append(
                     [
-                        torch.isnan(r) if r.is_floating_point() else torch.zeros(r.shape, dtype=torch.bool)
+                        torch.isnan(r) if r.is_floating_point() or r.is_complex() else torch.zeros(r.shape).bool()
                         for r in results
                     ]
                 )
@@ -382,6 +382,9 @@ def _adopt(
             continue
         if known in found.mixed:
             flow.fill(node, Ref(slot[0]), slot[1], node.base)
+            continue
+        if not (known in found.links or known in found.products or known in found.partners):
+            flow.pin(axis, f"{node.base} hides where it goes")
             continue
         for k, dim, at in found.links.get(known, []):
             if (at < 0).any():

@@ -106,11 +106,13 @@ class Reader:
         return graph
 
     def _release(self) -> None:
-        """Breaks the cycle that keeps every shape environment of the exporter alive."""
+        """Breaks the cycle that keeps every shape environment of the exporter alive, and empties its caches."""
         for node in self._program.graph.nodes:
             mode = getattr(node.meta.get("val"), "fake_mode", None)
             if mode is not None and mode.shape_env is not None:
                 mode.shape_env.tracked_fakes = None
+                mode.shape_env.fake_tensor_cache.clear()
+                mode.cache_clear()
                 return
 
     def _placeholder(self, node: fx.Node, spec: Any) -> None:
@@ -228,6 +230,8 @@ class Reader:
         if op.split(".")[1] == "unbind":
             view = Node("", "aten.select.int", (base.ref, dim, number), {}, handle.meta)
         elif "split" in op or "chunk" in op:
+            if any(_size(piece.shape[dim]) is None for piece in pieces):
+                return  # their sizes depend on the data
             start = sum(_size(piece.shape[dim]) for piece in pieces[:number])
             view = Node(
                 "", "aten.slice.Tensor", (base.ref, dim, start, start + handle.meta.shape[dim]), {}, handle.meta

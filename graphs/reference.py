@@ -21,7 +21,13 @@ from metaprune.graphs.errors import CertificateError
 
 Channels = Mapping[int, torch.Tensor]
 Weights = Callable[[str, torch.Tensor], torch.Tensor]
-_LOW = (torch.float16, torch.bfloat16, torch.float32)
+_DOUBLE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
 
 
 class Exact(TorchFunctionMode):
@@ -59,8 +65,10 @@ class Exact(TorchFunctionMode):
         if getattr(func, "__name__", "") == "__get__":
             found = func(*args, **kwargs)
             if not isinstance(found, torch.Tensor):
-                return torch.float64 if isinstance(found, torch.dtype) and found in _LOW else found
-        new_args, new_kwargs = tree_map(self.lift, args), tree_map(self.lift, kwargs)
+                return _DOUBLE.get(found, found) if isinstance(found, torch.dtype) else found
+        new_args, new_kwargs = _mapped(self.lift, args), _mapped(self.lift, kwargs)
+        if new_kwargs.get("dtype") in _DOUBLE:
+            new_kwargs["dtype"] = _DOUBLE[new_kwargs["dtype"]]
         if getattr(func, "__name__", "").partition(".")[0] == "rms_norm":  # a function or an operator overload
             new_args, new_kwargs = self._with_eps(new_args, new_kwargs)
         self._depth += 1
@@ -117,14 +125,14 @@ class _Double(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Runs one operator in float64."""
         kwargs = dict(kwargs or {})
         owner = self._norm_owner(func, args)
-        new_args, new_kwargs = tree_map(self._outer.lift, args), tree_map(self._outer.lift, kwargs)
-        if new_kwargs.get("dtype") in _LOW:
-            new_kwargs["dtype"] = torch.float64
-        new_args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in _LOW else a for a in new_args)
+        new_args, new_kwargs = _mapped(self._outer.lift, args), _mapped(self._outer.lift, kwargs)
+        if "dtype" in new_kwargs:
+            new_kwargs["dtype"] = _DOUBLE.get(new_kwargs["dtype"], new_kwargs["dtype"])
+        new_args = tuple(_DOUBLE.get(a, a) if isinstance(a, torch.dtype) else a for a in new_args)
         if owner is not None:
             return _norm_over_kept(func, new_args, self._channels[owner])
         function = _WITHOUT_DOUBLE.get(func._schema.name, func)
-        return tree_map(_to_double, function(*new_args, **new_kwargs))
+        return _mapped(_to_double, function(*new_args, **new_kwargs))
 
     def _norm_owner(self, func: Any, args: Any) -> str | None:
         name = func._schema.name
@@ -152,8 +160,18 @@ def _grouped_mm(
 _WITHOUT_DOUBLE: dict[str, Callable[..., Any]] = {"aten::_grouped_mm": _grouped_mm}
 
 
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """`change` applied to every leaf; the plain containers of nearly all calls are walked without a tree's overhead."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([_mapped(change, item) for item in value])
+    if kind is dict:
+        return {key: _mapped(change, item) for key, item in value.items()}
+    return change(value) if isinstance(value, torch.Tensor) or not isinstance(value, tuple) else tree_map(change, value)
+
+
 def _to_double(value: Any) -> Any:
-    return value.double() if isinstance(value, torch.Tensor) and value.dtype in _LOW else value
+    return value.to(_DOUBLE[value.dtype]) if isinstance(value, torch.Tensor) and value.dtype in _DOUBLE else value
 
 
 def _norm_over_kept(func: Any, args: Any, kept: Channels) -> Any:
@@ -222,8 +240,13 @@ def run_exact(
     from metaprune.graphs.structure import take_apart
 
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    with evaluated(module), Exact(names, weights, channels, torch.finfo(dtype).eps):
-        result = call(module)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with evaluated(module), Exact(names, weights, channels, torch.finfo(dtype).eps):
+            result = call(module)
+    finally:
+        torch.set_default_dtype(default)
     found: list[torch.Tensor] = []
     take_apart(result, found.append, lambda _, value: None)
     return found

@@ -270,14 +270,28 @@ class Cut:
                 result = self._rebuilt(node, bound, result)
         if result is None:
             result = self._plain(node)
-        restricted = self.flow.restricted.get(node.name, set()) if fills else set()
-        for d in sorted(restricted):
-            mask = self.mask(node, d) if isinstance(node.meta, Meta) else None
-            if mask is not None:
-                index = self.constant(torch.from_numpy(np.flatnonzero(mask)))
-                result = self._add("aten.index_select.default", (result, d, index), {}, self._meta(node), node.module)
+        if fills and isinstance(node.meta, Meta):
+            result = self._restricted(node, result)
         self._operands = {}
         self._name(node, result, first)
+
+    def _restricted(self, node: Node, result: Ref) -> Ref:
+        """What an operator on filled-up axes gives, cut back to the positions that are kept."""
+        masks = {d: self.mask(node, d) for d in sorted(self.flow.restricted.get(node.name, ()))}
+        cuts = {d: np.flatnonzero(mask) for d, mask in masks.items() if mask is not None}
+        meta = self._meta(node)
+        shape = [self.old_size(node, d) if d in cuts else n for d, n in enumerate(meta.shape)]
+        for d, index in cuts.items():
+            self._nodes[result.name] = replace(self._nodes[result.name], meta=replace(meta, shape=tuple(shape)))
+            result = self._add(
+                "aten.index_select.default",
+                (result, d, self.constant(torch.from_numpy(index))),
+                {},
+                meta,
+                node.module,
+            )
+            shape[d] = len(index)
+        return result
 
     def _reordered(self, node: Node) -> Ref | None:
         """The index that a chain of reshapes and transposes becomes once positions of its source are gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import linecache
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -185,11 +186,8 @@ def _dims(
 
 
 def _export(wrapper: nn.Module, leaves: Sequence[torch.Tensor], dims: Any) -> ExportedProgram:
-    from torch._dynamo import config  # torch.export loads it in any case
-
     try:
-        # the exporter keeps every traced shape environment, and each of them a cache: without it memory stays flat
-        with config.patch(fake_tensor_cache_enabled=False):
+        with _forgetting_sources():
             return torch.export.export(wrapper, tuple(leaves), dynamic_shapes=dims, strict=False)
     except MetapruneError:
         raise
@@ -197,6 +195,19 @@ def _export(wrapper: nn.Module, leaves: Sequence[torch.Tensor], dims: Any) -> Ex
         where = _user_line(error)
         text = str(error).strip().splitlines() or [""]
         raise TraceError(f"the network can not be exported: {type(error).__name__}: {text[0][:300]}{where}") from error
+
+
+@contextlib.contextmanager
+def _forgetting_sources() -> Iterator[None]:
+    """The exporter keeps the source text of every module it generates, for tracebacks; those made here are let go."""
+    kept: dict[str, str] = torch.fx.graph_module._loader.eval_cache
+    before = set(kept)
+    try:
+        yield
+    finally:
+        for name in set(kept) - before:
+            del kept[name]
+            linecache.cache.pop(name, None)
 
 
 def _user_line(error: BaseException) -> str:

@@ -214,7 +214,7 @@ CASES = [
         free={"ffn": (8,)},
     ),
     perceptron("scalar_parameter", lambda m, h: h * m.s + m.s, children=lambda: {"s": nn.Parameter(torch.ones(()))}),
-    perceptron("fourier", lambda m, h: torch.fft.fft2(h).real, free=NONE, pins=("fft_fft2",)),
+    perceptron("fourier", lambda m, h: torch.fft.fft2(h).real, pins=("fft_fft2",)),
     Case("bilinear", Bilinear, vectors(4, 6), {"ffn": (7, 8), "other": (5,)}, kind="native"),
     channelwise("dropout2d", lambda m, h: F.dropout2d(h, 0.5, m.training), free={"channels": (8,)}),
     # inputs

@@ -27,6 +27,7 @@ UNCOVERED = {
     "needs another device or data type": "cudnn_batch_norm cpu cuda requires_grad_ _grouped_mm",
     "an alias of another row or not called by the exporter": "_reshape_alias _weight_norm_interface",
     "has no operand of its own": "operator.getitem",
+    "takes complex numbers": "view_as_real real imag conj conj_physical angle",
     "registered by another library": "transformers.grouped_mm_fallback",
 }
 # Dye is swallowed by these: their results depend on values that NaN does not pass through, or are whole numbers.
@@ -147,7 +148,8 @@ def elements(call: Call, values: Mapping[str, Any], name: str, dim: int, positio
     x.select(dim, position).fill_(dye)
     with torch.no_grad():
         results = call({n: x if n == name else values[n] for n in call.names})
-    found = [~torch.isfinite(r) if r.is_floating_point() else torch.zeros(r.shape, dtype=torch.bool) for r in results]
+    real = [r.is_floating_point() or r.is_complex() for r in results]
+    found = [~torch.isfinite(r) if f else torch.zeros(r.shape).bool() for f, r in zip(real, results, strict=True)]
     return [f.numpy() for f in found]
 
 

@@ -139,6 +139,16 @@ def _glu(state: Flow, node: Node, bound: Bound) -> Axes:
     return tuple(axes)
 
 
+def _as_complex(state: Flow, node: Node, bound: Bound) -> Axes:
+    *axes, parts = state.of(bound["self"])
+    state.pin(parts, "real and imaginary parts")
+    return tuple(axes)
+
+
+def _as_real(state: Flow, node: Node, bound: Bound) -> Axes:
+    return (*state.of(bound["self"]), state.fixed(2, "real and imaginary parts"))
+
+
 _SUMS = frozenset(("add", "sub", "rsub", "subtract"))
 
 RULE = Rule(_flow)
@@ -149,9 +159,11 @@ ROWS: dict[str, Rule] = {
         for name in (
             "hardswish fill.Tensor rsub floor_divide masked_fill copy log1p isnan isinf where max.other min.other "
             "clamp_min clamp_max square reciprocal selu relu6 hardswish hardsigmoid hardtanh true_divide "
-            "multiply divide subtract"
+            "multiply divide subtract polar complex real imag conj conj_physical angle"
         ).split()
     },
     "aten.prelu": Rule(_prelu),
     "aten.glu": Rule(_glu),
+    "aten.view_as_complex": Rule(_as_complex),
+    "aten.view_as_real": Rule(_as_real),
 }

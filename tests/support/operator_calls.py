@@ -245,3 +245,7 @@ calls(
     "rnn_tanh.input rnn_relu.input",
     (t(2, 5, 4), t(1, 2, 3), [t(3, 4), t(3, 3), t(3), t(3)], True, 1, 0.0, False, False, True),
 )
+
+# complex numbers
+calls("polar.default complex.default", (t(3, 4), t(3, 4)), (t(3, 4), t(4)))
+calls("view_as_complex.default", (t(3, 4, 2),))
