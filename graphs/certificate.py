@@ -13,11 +13,11 @@ from torch import nn
 
 from metaprune.graphs import structure
 from metaprune.graphs.errors import CertificateError, MetapruneError
+from metaprune.graphs.incision import Incision
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.reference import Channels, Weights, names_of, run_exact
 from metaprune.graphs.rms import parameter_behind
 from metaprune.graphs.structure import Ref
-from metaprune.graphs.surgery import Incision
 
 TOLERANCE = 1e-9
 _NORMS = ("layer_norm", "group_norm")

@@ -16,6 +16,7 @@ from metaprune.graphs.atoms import Atoms, Ids, Product
 from metaprune.graphs.execute import execute
 from metaprune.graphs.ir import Graph, Meta, Node
 from metaprune.graphs.permutations import Reordering, find_reorderings
+from metaprune.graphs.recompute import Region, find_region
 from metaprune.graphs.structure import Ref
 
 Flags = NDArray[np.bool_]
@@ -84,6 +85,7 @@ class Flow:
         axes: For each value its axes; for a list of values a list.
         sites: For each node, where it sums over axes that may shrink.
         filled: For each node, the operand axes that must be filled up with zeros again before it runs, by operand name.
+        recomputed: For some of them, what is run again instead, by node, operand and axis.
         restricted: For each such node, the axes of its result that are cut down to their kept positions afterwards.
         reorderings: Chains of nodes that only reorder one axis, by the name of the last.
         described: What was inferred for operators without a rule, by call.
@@ -95,6 +97,7 @@ class Flow:
     axes: dict[str, Any] = field(default_factory=dict)
     sites: dict[str, list[Site]] = field(default_factory=dict)
     filled: dict[str, set[tuple[str, int]]] = field(default_factory=dict)
+    recomputed: dict[tuple[str, str, int], Region] = field(default_factory=dict)
     restricted: dict[str, set[int]] = field(default_factory=dict)
     reorderings: dict[str, Reordering] = field(default_factory=dict)
     described: dict[Any, Any] = field(default_factory=dict)
@@ -334,11 +337,20 @@ class Flow:
     def fill(self, node: Node, ref: Ref, dim: int, op: str) -> bool:
         """The operator mixes positions of this axis: it runs on the axis filled up with zeros.
 
-        That is exact when silenced positions are zero; otherwise the axis is pinned. Returns whether it may shrink.
+        That is exact when silenced positions are zero. Where they are not, but elementwise operators lead there from
+        values that are, these run again at full width; otherwise the axis is pinned. Returns whether it may shrink.
         """
         axis = self.of(ref)[dim]
         if axis.ids is None:
             return False
+        region = None if np.all(axis.zero) else find_region(self.graph, ref, dim, self._vanishes)
+        if region is not None:
+            self.recomputed[(node.name, ref.name, dim)] = region
+            for name in region.nodes:
+                reads = set(self.graph.nodes[name].refs())
+                self.sites.setdefault(name, []).extend(Site(n, d) for n, d in region.frontier if n in reads)
+            self.filled.setdefault(node.name, set()).add((ref.name, dim))
+            return True
         if not np.all(axis.zero):
             leak = axis.ids if np.ndim(axis.zero) == 0 else axis.ids[~axis.zero]
             self.atoms.pin(leak, f"{op} mixes its positions, which do not vanish with the unit")
@@ -350,6 +362,10 @@ class Flow:
         self.filled.setdefault(node.name, set()).add((ref.name, dim))
         self.sites.setdefault(node.name, []).append(Site(ref.name, dim))
         return True
+
+    def _vanishes(self, name: str, dim: int) -> bool | None:
+        axis = self.of(Ref(name))[dim]
+        return None if axis.ids is None else axis.all_zero
 
 
 def evaluate(node: Node, values: dict[str, Any]) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from metaprune.graphs.incision import Incision
 from metaprune.graphs.ir import Graph
-from metaprune.graphs.surgery import Incision
 
 Edit = tuple[str, str, Any]
 _ATTEMPTS = 8

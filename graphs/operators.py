@@ -93,3 +93,10 @@ def check_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> N
     missing = [a.name for a in schema.arguments if a.name not in given and not a.has_default_value()]
     if missing:
         raise GraphError(f"a call of {name} lacks the argument {missing[0]}")
+
+
+@lru_cache(maxsize=4096)
+def is_pointwise(op: str) -> bool:
+    """Whether torch declares the operator to be elementwise."""
+    found = resolve(op)
+    return isinstance(found, torch._ops.OpOverload) and torch.Tag.pointwise in found.tags

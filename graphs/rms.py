@@ -48,7 +48,8 @@ class RmsNorm:
 def find_rms_norms(graph: Graph) -> list[RmsNorm]:
     """All norms whose weight is used nowhere else and whose normalised axes are the ones to be filled up."""
     found: list[RmsNorm] = []
-    for name in graph.coupling.flow.filled:
+    again = {name for name, _, _ in graph.coupling.flow.recomputed}
+    for name in graph.coupling.flow.filled.keys() - again:
         node = graph.nodes[name]
         base = node.base
         norm = _fused(graph, node) if base == "rms_norm" else _spelled(graph, node) if base == "mean" else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,48 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from metaprune.graphs import operators
-from metaprune.graphs.errors import PlanError
 from metaprune.graphs.flow import Axis
+from metaprune.graphs.incision import Incision, Kept, Mask, alive_units, carried
 from metaprune.graphs.ir import Graph, Meta, Node, TensorInfo, live_nodes, substitute, verify
+from metaprune.graphs.recompute import Region
 from metaprune.graphs.rms import RmsNorm, find_rms_norms
 from metaprune.graphs.rules import lookup
 from metaprune.graphs.rules.rule import Bound
 from metaprune.graphs.structure import Ref, refs
-
-Mask = NDArray[np.bool_]
-Kept = dict[str, dict[int, NDArray[np.int64]]]
-
-
-@dataclass(frozen=True, eq=False)
-class Incision:
-    """Result of a cut.
-
-    Attributes:
-        graph: The smaller graph, with its own tensors.
-        kept: For every tensor name that shrinks (aliases included), the kept positions of each shrunk dimension.
-        scales: Factor and shift by which a one-dimensional tensor changes to hold a root-mean-square norm exact.
-        literals: Numbers written into the forward pass that changed: (module path, old value, new value); a default
-            that had to be written out has the old value (None, argument).
-    """
-
-    graph: Graph
-    kept: Kept
-    scales: dict[str, tuple[float, float]]
-    literals: tuple[tuple[str, Any, Any], ...]
-
-    def carry(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the original network as it stands in the cut one: its kept part, rescaled where it must be."""
-        return carried(tensor, self.kept.get(name, {}), self.scales.get(name))
-
-
-def carried(
-    tensor: torch.Tensor, kept: Mapping[int, NDArray[np.int64]], scale: tuple[float, float] | None
-) -> torch.Tensor:
-    """The kept part of a tensor, times a factor plus a shift."""
-    part = tensor.detach()
-    for dim, index in kept.items():
-        part = part.index_select(dim, torch.from_numpy(index).to(part.device))
-    return part if scale is None else part * scale[0] + scale[1]
 
 
 def cut(graph: Graph, keep: Mapping[str, tuple[int, ...]]) -> Incision:
@@ -66,29 +32,6 @@ def cut(graph: Graph, keep: Mapping[str, tuple[int, ...]]) -> Incision:
         PlanError: A group is unknown or pinned, a unit does not exist, or a group would lose all its units.
     """
     return Cut(graph, keep).run()
-
-
-def alive_units(graph: Graph, keep: Mapping[str, tuple[int, ...]]) -> Mask:
-    """Whether each unit of the graph stays; checks the edits (see `cut`)."""
-    coupling = graph.coupling
-    chosen = [np.ones(group.size, dtype=bool) for group in coupling.groups]
-    for name, units in keep.items():
-        number = coupling.number(name)
-        group = coupling.groups[number]
-        if group.pinned and len(units) < group.size:
-            raise PlanError(f"group {name} is pinned: {group.reason}")
-        if len(set(units)) < group.minimum:
-            raise PlanError(f"group {name} must keep at least {group.minimum} of its {group.size} units")
-        if len(set(units)) != len(units) or any(not 0 <= unit < group.size for unit in units):
-            raise PlanError(f"group {name} has units 0 to {group.size - 1}, each at most once")
-        chosen[number][:] = False
-        chosen[number][list(units)] = True
-    alive = np.ones(len(coupling.owner), dtype=bool)
-    owned = np.flatnonzero(coupling.owner >= 0)
-    if len(owned):
-        starts = np.cumsum([0, *(len(c) for c in chosen)])
-        alive[owned] = np.concatenate(chosen)[starts[coupling.owner[owned]] + coupling.rank[owned]]
-    return alive
 
 
 class Cut:
@@ -307,19 +250,40 @@ class Cut:
         return [(n, d) for n, d in sorted(self.flow.filled.get(node.name, ())) if self.mask(Ref(n), d) is not None]
 
     def _filled(self, ref: Ref, dims: list[int], node: Node) -> Ref:
-        """The operand with zeros where positions were cut: a padded zero, then an index that points there."""
-        value: Ref = self._use(ref)
-        rank = len(self.shape(ref))
+        """The operand at full width: computed again where its cut positions are not zero, else with zeros there."""
+        value: Ref | None = None
         for d in dims:
-            mask = self.mask(ref, d)
-            assert mask is not None
-            kept = int(mask.sum())
-            index = np.where(mask, np.cumsum(mask) - 1, kept)
-            meta = self._nodes[value.name].meta
-            pads = (*([0] * (2 * (rank - 1 - d))), 0, 1)
-            padded = self._add("aten.constant_pad_nd.default", (value, pads, 0), {}, meta, node.module)
-            full = self.constant(torch.from_numpy(index))
-            value = self._add("aten.index_select.default", (padded, d, full), {}, meta, node.module)
+            region = self.flow.recomputed.get((node.name, ref.name, d))
+            if region is not None:
+                value = self._again(region, node, value)
+            else:
+                value = self._widened(value or self._use(ref), ref, d, node)
+        assert value is not None
+        return value
+
+    def _widened(self, value: Ref, ref: Ref, d: int, node: Node) -> Ref:
+        """A value with zeros where positions were cut: a padded zero, then an index that points there."""
+        mask, meta = self.mask(ref, d), self._nodes[value.name].meta
+        assert mask is not None
+        assert isinstance(meta, Meta)
+        index = np.where(mask, np.cumsum(mask) - 1, int(mask.sum()))
+        pads = (*([0] * (2 * (len(meta.shape) - 1 - d))), 0, 1)
+        padded = self._add("aten.constant_pad_nd.default", (value, pads, 0), {}, _sized(meta, d, 1), node.module)
+        full = self.constant(torch.from_numpy(index))
+        wide = _sized(meta, d, len(index) - meta.shape[d])
+        return self._add("aten.index_select.default", (padded, d, full), {}, wide, node.module)
+
+    def _again(self, region: Region, node: Node, value: Ref | None) -> Ref:
+        """The last of a region's nodes, computed once more from values filled up with zeros."""
+        outside, self._operands = self._operands, {}
+        for name, d in region.frontier:
+            self._operands[name] = self._widened(self._use(Ref(name)), Ref(name), d, node)
+        for name in region.nodes:
+            inner = self.graph.nodes[name]
+            args, kwargs = self._use(inner.args), {k: self._use(v) for k, v in inner.kwargs.items()}
+            self._operands[name] = value = self._add(inner.op, args, kwargs, inner.meta, node.module)
+        self._operands = outside
+        assert value is not None
         return value
 
     def _plain(self, node: Node) -> Ref:
@@ -402,3 +366,7 @@ def _renamed(output: Any, names: Mapping[str, Ref]) -> Any:
     from metaprune.graphs.structure import exchange
 
     return exchange(output, lambda ref: names.get(ref.name, ref))
+
+
+def _sized(meta: Meta, dim: int, more: int) -> Meta:
+    return replace(meta, shape=tuple(n + more * (d == dim) for d, n in enumerate(meta.shape)))

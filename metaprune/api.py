@@ -15,12 +15,13 @@ from metaprune.graphs.certificate import Certificate, Prover
 from metaprune.graphs.cost import Cost, counted
 from metaprune.graphs.errors import CertificateError, LoadError, MetapruneError, OptionError, PlanError
 from metaprune.graphs.execute import execute
+from metaprune.graphs.incision import Incision, Kept
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.graphs.portable import PortableModule
 from metaprune.graphs.reference import evaluated
 from metaprune.graphs.structure import take_apart
-from metaprune.graphs.surgery import Incision, Kept, cut
+from metaprune.graphs.surgery import cut
 from metaprune.graphs.trace import trace as _trace
 from metaprune.planning import make_plan
 

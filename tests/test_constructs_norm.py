@@ -51,6 +51,31 @@ class LayerNorm2d(nn.Module):
         return self.weight[:, None, None] * x + self.bias[:, None, None]
 
 
+class Standard(nn.Module):
+    """(x - mean) / std, with a weight."""
+
+    def __init__(self, width: int, dim: int = -1) -> None:
+        super().__init__()
+        self.weight, self.dim = nn.Parameter(torch.ones(width)), dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(self.dim, keepdim=True)
+        x = x / (x.std(self.dim, keepdim=True, correction=0) + 1e-3)
+        return x * (self.weight if self.dim == -1 else self.weight[:, None, None])
+
+
+class Contrast(nn.Module):
+    """Positions enter each other several times, behind elementwise steps that leave no zeros."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (1.0 - torch.sigmoid(x) * self.weight).softmax(-1)
+        return x * (y - y.amax(-1, keepdim=True)).exp()
+
+
 class PermutedLayerNorm(nn.Module):
     """Layer norm over the channels of an image, by permutation."""
 
@@ -145,7 +170,11 @@ CASES = [
     module("group_norm_of_one_group", lambda: nn.GroupNorm(1, 8), aware=True),
     module("group_norm_per_channel", lambda: nn.GroupNorm(8, 8)),
     module("group_norm_no_affine", lambda: nn.GroupNorm(8, 8, affine=False)),
-    module("layer_norm_2d", lambda: LayerNorm2d(8), free=NONE, pins=("mean mixes its positions",)),
+    module("layer_norm_2d", lambda: LayerNorm2d(8), kind="portable"),
+    module("layer_norm_2d_by_std", lambda: Standard(8, 1), kind="portable"),
+    between("layer_norm_by_hand", lambda: Standard(8), kind="portable"),
+    Case("stream_layer_norm_by_hand", lambda: pre_norm_stream(Standard), vectors(4, 6), STREAM, kind="portable"),
+    between("softmax_of_a_difference", lambda: Contrast(8), free=NONE, pins=("amax mixes its positions",)),
     module("layer_norm_permuted", lambda: PermutedLayerNorm(8), aware=True),
     module("layer_norm_over_space", lambda: nn.LayerNorm(6)),
     module("layer_norm_over_space_2d", lambda: nn.LayerNorm((6, 6))),

@@ -109,9 +109,7 @@ CASES = [
         for name, f in ELEMENTWISE.items()
     ),
     *(perceptron(f"reduction_{name}", lambda m, h, f=f: h * f(h)) for name, f in REDUCTIONS.items()),
-    perceptron(
-        "product", lambda m, h: h * (1 + h).prod(-1, keepdim=True), free=NONE, pins=("prod mixes its positions",)
-    ),
+    perceptron("product", lambda m, h: h * (1 + h).prod(-1, keepdim=True), kind="native"),
     perceptron(
         "entropy",
         lambda m, h: h * (h.softmax(-1) * h.log_softmax(-1)).sum(-1, keepdim=True),

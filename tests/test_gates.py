@@ -28,6 +28,7 @@ GATED = """
     spectral_norm normalize weight_standardisation prelu batch_norm_without_affine instance_norm
     group_norm
     group_norm_of_one_group layer_norm layer_norm_permuted rms_norm rms_norm_by_hand stream_post_layer_norm
+    layer_norm_2d layer_norm_by_hand stream_layer_norm_by_hand
     stream_pre_rms_norm group_norm_residual fused grouped_queries multihead_cross encoder_layer shifted_windows
     vision_transformer mixer llama_tied experts lstm gru_bidirectional shared_block tied_convolutions cat_nested
     chunk_uneven channel_shuffle pixel_shuffle unfold flatten_permuted write_slice pad_channels repeat_interleave

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from metaprune.graphs import operators
 from metaprune.graphs.rules import (
     attention,
     contraction,
@@ -34,6 +35,6 @@ def lookup(op: str) -> Rule | None:
     """The rule of an operator by full name, else of its family; None if it has to be inferred."""
     base = op.rpartition(".")[0]
     found = TABLE.get(op) or TABLE.get(base)
-    if found is None and pointwise.is_pointwise(op):
+    if found is None and operators.is_pointwise(op):
         return pointwise.RULE
     return found

@@ -16,19 +16,12 @@ from metaprune.graphs.rules.rule import Bound, Rule, signature
 from metaprune.graphs.structure import Ref
 
 
-@lru_cache(maxsize=4096)
-def is_pointwise(op: str) -> bool:
-    """Whether torch declares the operator to be elementwise."""
-    found = operators.resolve(op)
-    return isinstance(found, torch._ops.OpOverload) and torch.Tag.pointwise in found.tags
-
-
 def _flow(state: Flow, node: Node, bound: Bound) -> Axes:
     refs = [value for value in bound.values() if state.is_tensor(value)]
     operands = [state.of(ref) for ref in refs]
     op = node.base
     call = _Call(node.op, _frozen(bound, state), tuple(state.meta(ref).dtype for ref in refs))
-    sums = op in _SUMS and all(state.graph.nodes[ref.name].op != "tensor" for ref in refs)
+    sums = op in _SUMS and all(map(state.is_activation, refs))
     out: list[Axis] = []
     for position, size in enumerate(node.shape):
         here = [_at(axes, position, len(node.shape), size) for axes in operands]

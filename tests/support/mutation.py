@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import metaprune as mp
 from metaprune.graphs.certificate import Prover
+from metaprune.graphs.incision import Incision
 from metaprune.graphs.ir import Graph, Node, TensorInfo, substitute
 from metaprune.graphs.portable import PortableModule
 from metaprune.graphs.structure import Ref
-from metaprune.graphs.surgery import Incision, cut
+from metaprune.graphs.surgery import cut
 from tests.support import random_oracle
 from tests.support.random_cases import random_plan
 
