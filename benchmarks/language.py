@@ -94,6 +94,41 @@ DECODERS: dict[str, dict[str, Any]] = {
     "Jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "GPT2LMHeadModel": {"n_inner": 96},
 }
+LATENT_8, HYBRID = LATENT | {"head_dim": 8}, {"layer_types": ["linear_attention", "full_attention"]}
+CONVOLUTIONAL, MAMBA = {"layer_types": ["conv", "full_attention"]}, {"layer_types": ["mamba", "hybrid"]}
+# Class of a further decoder, and what it needs beyond `SIZES`; those not named here need nothing.
+FURTHER: dict[str, dict[str, Any]] = {
+    **{
+        f"{name}ForCausalLM": LATENT_8
+        for name in "AXK1 AXK2 DeepseekV32 Glm4MoeLite MiniCPM3 LongcatFlash Youtu".split()
+    },
+    **{f"{name}ForCausalLM": HYBRID for name in "Qwen3_5 Qwen3_5Moe".split()},
+    **{f"{name}ForCausalLM": HYBRID | LATENT_8 for name in "BailingHybrid KimiLinear".split()},
+    "GlmMoeDsaForCausalLM": LATENT_8 | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
+    "BambaForCausalLM": {"attn_layer_indices": [1]},
+    "Dots3NoteForCausalLM": LATENT,
+    "FalconH1ForCausalLM": {"mamba_d_ssm": 128},
+    "Gemma3nForCausalLM": {
+        "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "laurel_rank": 8,
+        "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 131, "activation_sparsity_pattern": [0.0, 0.0],
+    },
+    "GitForCausalLM": {
+        "vision_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48,
+                          "image_size": 64, "patch_size": 32}
+    },
+    "GraniteMoeHybridForCausalLM": {"layer_types": ["mamba", "attention"]},
+    "Lfm2MoeForCausalLM": CONVOLUTIONAL | {"num_dense_layers": 1},
+    "Lfm3ForCausalLM": CONVOLUTIONAL,
+    "RecurrentGemmaForCausalLM": {"block_types": ["recurrent", "attention"], "lru_width": 64},
+    "ReformerModelWithLMHead": {
+        "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 16,
+        "feed_forward_size": 96, "local_attn_chunk_length": 4,
+    },
+    "XmodForCausalLM": {"languages": ["en_XX"], "default_language": "en_XX", "is_decoder": True},
+    "Zamba2ForCausalLM": MAMBA,
+    "ZambaForCausalLM": MAMBA,
+    "ZayaForCausalLM": {"num_experts_per_tok": 1},
+}  # fmt: skip
 
 
 def decoder(family: str, overrides: dict[str, Any]) -> tuple[nn.Module, tuple[Tensor]]:

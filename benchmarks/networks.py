@@ -144,7 +144,7 @@ def suite(name: str) -> dict[str, Network]:
     elif name == "operations":
         makers = {n: lambda n=n: (operations.OPERATIONS[n](), operations.example(n)) for n in operations.OPERATIONS}
     elif name == "decoders":
-        makers = {n: lambda n=n: language.decoder(n, {}) for n in further_decoders()}
+        makers = {n: lambda n=n: language.decoder(n, language.FURTHER.get(n, {})) for n in further_decoders()}
     else:
         makers = {n: lambda n=n, o=o: language.decoder(n, o) for n, o in language.DECODERS.items()} | language.OTHERS
     return {f"{name}/{key}": Network(f"{name}/{key}", make) for key, make in makers.items()}

@@ -85,6 +85,11 @@ class Costs:
         return np.array([group.size for group in self._coupling.groups], dtype=float)
 
     @cached_property
+    def _free(self) -> NDArray[np.bool_]:
+        """Whether each group may shrink, shape [groups + 1]: the last stands for units of no group (-1)."""
+        return np.array([*(not group.pinned for group in self._coupling.groups), False])
+
+    @cached_property
     def full(self) -> Cost:
         """Cost of the unpruned network."""
         return self.cost(self.sizes)
@@ -163,11 +168,10 @@ class Costs:
         return self._cache[key][1]
 
     def _polynomial(self, axis: Axis) -> Size:
-        free = np.array([*(not group.pinned for group in self._coupling.groups), False])  # -1 is no group
         owners = []
         for units in self._coupling.units(axis):
             owner = np.where(units >= 0, self._coupling.owner[units], -1)
-            owners.append(np.where((owner >= 0) & free[owner], owner, -1))
+            owners.append(np.where(self._free[owner], owner, -1))
         if not owners:
             return Size(axis.size)
         if len(owners) == 1:

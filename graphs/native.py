@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from metaprune.graphs.incision import Incision
-from metaprune.graphs.ir import Graph
+from metaprune.graphs.ir import Graph, Meta
 
 Edit = tuple[str, str, Any]
 _ATTEMPTS = 8
@@ -83,6 +83,8 @@ def _attributes(source: nn.Module, incision: Incision) -> tuple[list[Edit], dict
         for kind, rows in _SHAPES:
             if isinstance(module, kind):
                 known.update(_from_shapes(path, rows, incision.kept))
+        if isinstance(module, nn.modules.batchnorm._NormBase) and "num_features" not in known:
+            known |= _bare_features(path, incision.graph)
         for name, value in known.items():
             base.append((path, name, value))
         if isinstance(module, nn.modules.conv._ConvNd):
@@ -118,6 +120,12 @@ def _replaced(value: Any, literals: Mapping[Any, list[Any]]) -> list[Any]:
 def _from_shapes(path: str, rows: tuple[tuple[str, str, int], ...], kept: Mapping[str, Any]) -> dict[str, int]:
     prefix = f"{path}." if path else ""
     return {name: len(kept[prefix + t][d]) for name, t, d in rows if d in kept.get(prefix + t, {})}
+
+
+def _bare_features(path: str, cut: Graph) -> dict[str, int]:
+    """Features of a norm without tensors: the channels of what it gives."""
+    made = (node for node in cut.nodes.values() if node.module == path and isinstance(node.meta, Meta))
+    return next(({"num_features": node.shape[1]} for node in made if node.base.endswith("_norm")), {})
 
 
 def _convolution(path: str, module: nn.Module, kept: Mapping[str, Any]) -> list[Edit]:

@@ -39,6 +39,15 @@ def _values(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     return 1 + 0.3 * noise.clamp(-2.5, 2.5)
 
 
+def in_double(module: nn.Module) -> nn.Module:
+    """A copy in float64; a default epsilon stays that of the dtype it had."""
+    result = copy.deepcopy(module).eval()
+    for norm in result.modules():
+        if isinstance(norm, nn.RMSNorm) and norm.eps is None:
+            norm.eps = torch.finfo(next(result.parameters()).dtype).eps
+    return result.double()
+
+
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by every name they have."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -108,7 +117,7 @@ def pruned_double(original: nn.Module, pruned: nn.Module, kept: Kept) -> nn.Modu
     before, after = tensors_of(original), tensors_of(pruned)
     assert set(before) <= set(after), f"tensors are missing: {sorted(set(before) - set(after))}"
     assert not set(dict(pruned.named_parameters())) - set(before), "there are parameters the original does not have"
-    result = copy.deepcopy(pruned).double().eval()
+    result = in_double(pruned)
     targets = tensors_of(result)
     for name, full in before.items():
         part = selection(full, kept.get(name, {}))
@@ -156,7 +165,7 @@ def silenced(original: nn.Module, kept: Kept, aware: bool = False) -> nn.Module:
 
     With `aware`, layer and group norms take their statistics over kept channels.
     """
-    result = copy.deepcopy(original).double().eval()
+    result = in_double(original)
     for name, tensor in tensors_of(result).items():
         if "running_" not in name and tensor.is_floating_point():
             for dim, index in kept.get(name, {}).items():
@@ -180,7 +189,7 @@ def difference(
     torch.backends.mha.set_fastpath_enabled(False)  # its fused operators hide layer norms from the wrappers
     try:
         inputs = double(inputs)
-        dense = call(copy.deepcopy(original).double().eval(), inputs)
+        dense = call(in_double(original), inputs)
         expected = call(silenced(original, kept, aware), inputs)
         found = call(pruned_double(original, pruned, kept), inputs)
     finally:
