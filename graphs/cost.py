@@ -7,7 +7,7 @@ evaluated for a whole population of plans at once. Nothing is ever added up per 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from metaprune.graphs import operators
 from metaprune.graphs.flow import Axis
 from metaprune.graphs.ir import Graph, Meta, Node
+from metaprune.graphs.polynomial import Counts, Polynomial, Size, Term
 from metaprune.graphs.structure import Ref
 
 if TYPE_CHECKING:
     from metaprune.graphs.coupling import Coupling
-
-Counts = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -32,38 +31,6 @@ class Cost:
     macs: int
     params: int
     bytes: int
-
-
-@dataclass(frozen=True, eq=False)
-class Size:
-    """Size of an axis, a polynomial in the kept counts.
-
-    Attributes:
-        constant: What always stays.
-        groups: Groups that stand on the axis alone, shape [terms].
-        weights: Positions per unit of each of them, shape [terms].
-        products: Coefficient and groups of the terms of higher degree.
-    """
-
-    constant: float
-    groups: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    weights: Counts = field(default_factory=lambda: np.empty(0))
-    products: tuple[tuple[float, tuple[int, ...]], ...] = ()
-
-    def times(self, factor: float) -> Size:
-        """The polynomial times a number."""
-        products = tuple((coefficient * factor, groups) for coefficient, groups in self.products)
-        return Size(self.constant * factor, self.groups, self.weights * factor, products)
-
-    def at(self, kept: Counts) -> Counts:
-        """Value for kept counts of shape [plans, groups]; shape [plans]."""
-        total: Counts = kept[:, self.groups] @ self.weights + self.constant
-        for coefficient, groups in self.products:
-            total = total + coefficient * kept[:, list(groups)].prod(axis=1)
-        return total
-
-
-Term = tuple[Size, ...]
 
 
 class Costs:
@@ -101,16 +68,11 @@ class Costs:
 
     def evaluate(self, what: str, kept: Counts) -> Counts:
         """`macs`, `params` or `bytes` for a population of kept counts, shape [plans, groups]; shape [plans]."""
-        total = np.zeros(len(kept))
-        values: dict[Size, Counts] = {}
-        for term in self.terms[what]:
-            product: Any = 1.0
-            for size in term:
-                if size not in values:
-                    values[size] = size.at(kept)
-                product = product * values[size]
-            total = total + product
-        return total
+        return self._compiled[what].at(kept)
+
+    @cached_property
+    def _compiled(self) -> dict[str, Polynomial]:
+        return {what: Polynomial(terms) for what, terms in self.terms.items()}
 
     @cached_property
     def terms(self) -> dict[str, list[Term]]:
@@ -261,7 +223,7 @@ class _Counted(Costs):
 
 
 def _is_one(size: Size) -> bool:
-    return size.constant == 1 and not len(size.groups) and not size.products
+    return size.constant == 1 and size.is_constant
 
 
 def counted(graph: Graph) -> Cost:

@@ -27,12 +27,15 @@ class Incision:
         scales: Factor and shift by which a one-dimensional tensor changes to hold a root-mean-square norm exact.
         literals: Numbers written into the forward pass that changed: (module path, old value, new value); a default
             that had to be written out has the old value (None, argument).
+        widened: Operators of the original that run on axes filled up again: for each such operand axis, whether a
+            position stays.
     """
 
     graph: Graph
     kept: Kept
     scales: dict[str, tuple[float, float]]
     literals: tuple[tuple[str, Any, Any], ...]
+    widened: dict[str, dict[tuple[str, int], torch.Tensor]]
 
     def carry(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the original network as it stands in the cut one: its kept part, rescaled where it must be."""

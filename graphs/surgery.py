@@ -52,6 +52,7 @@ class Cut:
         self._literals: list[tuple[str, Any, Any]] = []
         self._unfilled: set[str] = set()
         self._eps: dict[str, RmsNorm] = {}
+        self._widenings: dict[str, dict[tuple[str, int], torch.Tensor]] = {}
         self._count = 0
 
     # ---- questions rewrites ask, in terms of the old graph
@@ -170,7 +171,7 @@ class Cut:
             list(self.graph.notes),
         )
         verify(result)
-        return Incision(result, self._kept, self._scales, tuple(dict.fromkeys(self._literals)))
+        return Incision(result, self._kept, self._scales, tuple(dict.fromkeys(self._literals)), self._widenings)
 
     def _hold_rms_norms(self) -> None:
         for norm in find_rms_norms(self.graph):
@@ -201,6 +202,9 @@ class Cut:
     def _call(self, node: Node) -> None:
         fills, first = self._fills(node), len(self._nodes)
         self._operands = {}
+        if fills:
+            masks = {(name, d): self.mask(Ref(name), d) for name, d in fills}
+            self._widenings[node.name] = {at: torch.from_numpy(m) for at, m in masks.items() if m is not None}
         for name in {name for name, _ in fills}:
             self._operands[name] = self._filled(Ref(name), [d for n, d in fills if n == name], node)
         rule = lookup(node.op)

@@ -15,6 +15,7 @@ from metaprune.graphs.certificate import Certificate, Prover
 from metaprune.graphs.cost import Cost, counted
 from metaprune.graphs.errors import CertificateError, LoadError, MetapruneError, OptionError, PlanError
 from metaprune.graphs.execute import execute
+from metaprune.graphs.expressible import runs_on_kept
 from metaprune.graphs.incision import Incision, Kept
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
@@ -199,7 +200,7 @@ def load(directory: str | Path, into: nn.Module | None = None) -> nn.Module:
     saved_values = {name: v for name, v in stored.graph.values.items() if name in incision.graph.values}
     incision.graph.values.update(saved_values)
     expected = _flat(execute(stored.graph, stored.graph.values, stored.graph.example))
-    for module in native.candidates(graph, incision, whole=True):
+    for module in native.candidates(graph, incision, whole=True) if runs_on_kept(graph, incision) else ():
         if _same(module, stored.graph, expected):
             return module
     raise MetapruneError("into: no native form of this module equals the saved network; load it without `into`")
@@ -214,7 +215,7 @@ def _hand_back(graph: Graph, incision: Incision, prover: Prover | None) -> tuple
     """The first verified form: native candidates, then the portable one."""
     portable = PortableModule(incision.graph).eval()
     expected = _reference_output(incision.graph)
-    for module in native.candidates(graph, incision):
+    for module in native.candidates(graph, incision) if runs_on_kept(graph, incision) else ():
         if expected is not None and not _same(module, incision.graph, expected):
             continue
         if prover is None and expected is not None:

@@ -109,7 +109,7 @@ CASES = [
         for name, f in ELEMENTWISE.items()
     ),
     *(perceptron(f"reduction_{name}", lambda m, h, f=f: h * f(h)) for name, f in REDUCTIONS.items()),
-    perceptron("product", lambda m, h: h * (1 + h).prod(-1, keepdim=True), kind="native"),
+    perceptron("product", lambda m, h: h * (1 + h).prod(-1, keepdim=True), kind="portable"),
     perceptron(
         "entropy",
         lambda m, h: h * (h.softmax(-1) * h.log_softmax(-1)).sum(-1, keepdim=True),
@@ -212,6 +212,8 @@ CASES = [
         free={"ffn": (8,)},
     ),
     perceptron("scalar_parameter", lambda m, h: h * m.s + m.s, children=lambda: {"s": nn.Parameter(torch.ones(()))}),
+    # the greatest of what is kept and of the zeros of what is gone: on some inputs, not the greatest of what is kept
+    perceptron("greatest", lambda m, h: h * (4 + h.amax(-1, keepdim=True)).sigmoid(), kind="portable"),
     perceptron("fourier", lambda m, h: torch.fft.fft2(h).real, pins=("fft_fft2",)),
     Case("bilinear", Bilinear, vectors(4, 6), {"ffn": (7, 8), "other": (5,)}, kind="native"),
     channelwise("dropout2d", lambda m, h: F.dropout2d(h, 0.5, m.training), free={"channels": (8,)}),
