@@ -13,7 +13,7 @@ from torch import nn
 from metaprune.graphs import native, onnx_export, saved
 from metaprune.graphs.certificate import Certificate, Prover
 from metaprune.graphs.cost import Cost, counted
-from metaprune.graphs.errors import CertificateError, LoadError, MetapruneError, OptionError, PlanError
+from metaprune.graphs.errors import CertificateError, LoadError, MetapruneError, PlanError
 from metaprune.graphs.execute import execute
 from metaprune.graphs.expressible import runs_on_kept
 from metaprune.graphs.incision import Incision, Kept
@@ -82,8 +82,8 @@ def trace(model: Any, inputs: Any = None, dynamic: Mapping[int | str, Sequence[i
 def plan(
     graph: Graph,
     budget: str = "macs=0.5",
-    criterion: str = "magnitude",
-    allocator: str = "global",
+    criterion: str | None = None,
+    allocator: str | None = None,
     data: Any = None,
     round_to: int = 1,
     protect: Iterable[str] = (),
@@ -97,9 +97,11 @@ def plan(
         graph: The network.
         budget: What is kept: `"macs=0.5"`, `"params=0.3"`, `"bytes=0.5"`, several joined by commas, or `"width=0.5"`
             (that fraction of every group). A cost is never exceeded and falls short by at most 2 % or one unit.
-        criterion: How units are scored: `"magnitude"`.
-        allocator: How many units each group keeps: `"uniform"` or `"global"`.
-        data: Reserved for criteria that look at data; none of today's does.
+        criterion: How units are scored; see `metaprune.criteria.CRITERIA`. By default `"fisher"` when there are data,
+            else `"magnitude"`.
+        allocator: How many units each group keeps: `"uniform"`, `"global"`, or `"cost"` (importance removed per cost
+            removed, for scores that add up: the default for `"fisher"`; otherwise `"global"` is).
+        data: Batches of inputs or of (inputs, labels) for criteria that look at data; at most 256 samples are used.
         round_to: Kept channel counts are multiples of this.
         protect: Globs of groups or tensors that stay whole.
         only: Globs of the groups or tensors that may shrink; empty for all.
@@ -110,9 +112,7 @@ def plan(
         BudgetInfeasible: No legal plan reaches the budget; `attainable` is the least fraction.
         OptionError: An option has no meaning.
     """
-    if data is not None:
-        raise OptionError(f"data: criterion {criterion!r} does not use data")
-    return make_plan(graph, budget, criterion, allocator, round_to, protect, only, kinds, seed)
+    return make_plan(graph, budget, criterion, allocator, data, round_to, protect, only, kinds, seed)
 
 
 def apply(graph: Graph, plan: Plan, certify: bool = True) -> Pruned:
@@ -142,8 +142,8 @@ def prune(
     model: Any,
     inputs: Any = None,
     budget: str = "macs=0.5",
-    criterion: str = "magnitude",
-    allocator: str = "global",
+    criterion: str | None = None,
+    allocator: str | None = None,
     data: Any = None,
     round_to: int = 1,
     protect: Iterable[str] = (),

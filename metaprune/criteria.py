@@ -1,74 +1,198 @@
-"""Criteria: how much the network would miss each unit of a group, as functions of the group and the tensors."""
+"""Criteria: how much the network would miss each unit of a group, from its tensors and from calibration data.
+
+A criterion is one function and one row of `CRITERIA`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from zlib import crc32
 
 import torch
+from torch import Tensor
 
 from metaprune.graphs.errors import OptionError
-from metaprune.graphs.groups import Group
+from metaprune.graphs.groups import Group, Slice
+from metaprune.statistics import Moments, Statistics
 
 
 class Weights:
-    """A network's parameters, with their squared sums per position computed once and shared by all groups that ask.
+    """A network's parameters, with sums per position computed once and shared by all groups that ask.
 
     A dense block's last layer is read by every group before it: without sharing, the cost would be quadratic.
     """
 
-    def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
         self.values = values
-        self._blocks: dict[str, torch.Tensor] = {}
-        self._energy: dict[tuple[str, int], torch.Tensor] = {}
+        self._blocks: dict[tuple[str, int], Tensor] = {}
+        self._sums: dict[tuple[str, int, int], Tensor] = {}
 
-    def energy(self, tensor: str, dim: int) -> torch.Tensor:
-        """Sum of squares of each position along a dimension, shape [size]."""
-        key = (tensor, dim)
-        if key not in self._energy:
+    def energy(self, tensor: str, dim: int, power: int = 2) -> Tensor:
+        """Sum of |values|^power at each position along a dimension, shape [size]."""
+        key = (tensor, dim, power)
+        if key not in self._sums:
             value = self.values[tensor].detach()
             if value.is_meta:
                 found = torch.zeros(value.shape[dim])
             else:
-                squares = self._squares(tensor, value, dim)
-                found = squares.sum([d for d in range(squares.ndim) if d != dim]) if squares.ndim > 1 else squares
-            self._energy[key] = found.float().cpu()
-        return self._energy[key]
+                powers = self._powers(tensor, value, dim, power)
+                found = powers.sum([d for d in range(powers.ndim) if d != dim]) if powers.ndim > 1 else powers
+            self._sums[key] = found.float().cpu()
+        return self._sums[key]
 
-    def _squares(self, tensor: str, value: torch.Tensor, dim: int) -> torch.Tensor:
-        """Squares with kernel dimensions summed away, shape [outputs, inputs]; of other tensors the plain squares."""
+    def rows(self, part: Slice) -> Tensor:
+        """What a slice takes from its tensor, one row per unit, shape [size, values]."""
+        value = self.values[part.tensor].detach()
+        value = torch.zeros(value.shape) if value.is_meta else value
+        picked = value.movedim(part.dim, 0)[torch.from_numpy(part.index).to(value.device)]
+        return picked.flatten(1).float().cpu()
+
+    def of(self, group: Group) -> list[Slice]:
+        """The group's slices of parameters; buffers, such as running statistics, are left out."""
+        return [part for part in group.slices if part.tensor in self.values]
+
+    def _powers(self, tensor: str, value: Tensor, dim: int, power: int) -> Tensor:
+        """Powers with kernel dimensions summed away, shape [outputs, inputs]; of other tensors the plain powers."""
         wide = value if value.dtype == torch.float64 else value.float()
         if value.ndim < 4 or dim > 1:
-            return wide.square()
-        if tensor not in self._blocks:
-            self._blocks[tensor] = torch.linalg.vector_norm(wide.flatten(2), dim=2).square()
-        return self._blocks[tensor]
+            return wide.square() if power == 2 else wide.abs()
+        if (tensor, power) not in self._blocks:
+            norm = torch.linalg.vector_norm(wide.flatten(2), ord=power, dim=2)
+            self._blocks[(tensor, power)] = norm.square() if power == 2 else norm
+        return self._blocks[(tensor, power)]
 
 
-Criterion = Callable[[Group, Weights], torch.Tensor]
+@dataclass(frozen=True)
+class Evidence:
+    """What criteria may look at.
 
-
-def magnitude(group: Group, weights: Weights) -> torch.Tensor:
-    """Group L2 norm of all slices of a unit, over the group's mean.
-
-    Fang et al., DepGraph (CVPR 2023), with the mean normaliser. Tensors without values (meta device) score equally.
-
-    Returns:
-        Score of each unit, shape [size]; higher is more important.
+    Attributes:
+        weights: The parameters.
+        statistics: What calibration data showed; None when there are none.
+        seed: Of criteria that draw.
     """
+
+    weights: Weights
+    statistics: Statistics | None = None
+    seed: int = 0
+
+    def moments(self, group: Group) -> Moments:
+        """Moments of the group's gate gradients."""
+        assert self.statistics is not None
+        return self.statistics.gates[group.name]
+
+
+Criterion = Callable[[Group, Evidence], Tensor]
+
+
+def _norm(group: Group, evidence: Evidence, power: int) -> Tensor:
+    """Norm over all slices of each unit, shape [size]. Tensors without values (meta device) count as zero."""
     total = torch.zeros(group.size)
-    for part in group.slices:
-        if part.tensor not in weights.values:
-            continue  # a buffer, such as running statistics
-        total += weights.energy(part.tensor, part.dim)[torch.from_numpy(part.index)].sum(1)
-    score = total.sqrt()
+    for part in evidence.weights.of(group):
+        total += evidence.weights.energy(part.tensor, part.dim, power)[torch.from_numpy(part.index)].sum(1)
+    return total.sqrt() if power == 2 else total
+
+
+def _over_mean(score: Tensor) -> Tensor:
     mean = score.mean()
     return score / mean if float(mean) > 0 else torch.ones_like(score)
 
 
-CRITERIA: dict[str, Criterion] = {"magnitude": magnitude}
+def magnitude(group: Group, evidence: Evidence) -> Tensor:
+    """L2 norm of all slices of a unit, over the group's mean: Fang et al., DepGraph (CVPR 2023), mean normaliser."""
+    return _over_mean(_norm(group, evidence, 2))
 
 
-def find(name: str) -> Criterion:
+def magnitude_l1(group: Group, evidence: Evidence) -> Tensor:
+    """L1 norm of all slices of a unit, over the group's mean: Li et al., Pruning Filters (ICLR 2017), group-wise."""
+    return _over_mean(_norm(group, evidence, 1))
+
+
+def magnitude_max(group: Group, evidence: Evidence) -> Tensor:
+    """L2 norm over the group's greatest. It starves narrow groups: it is here to be compared with."""
+    score = _norm(group, evidence, 2)
+    return score / score.max() if float(score.max()) > 0 else torch.ones_like(score)
+
+
+def magnitude_plain(group: Group, evidence: Evidence) -> Tensor:
+    """L2 norm as it is, so that groups of small weights lose most."""
+    return _norm(group, evidence, 2)
+
+
+def lamp(group: Group, evidence: Evidence) -> Tensor:
+    """Squared norm over the sum of all squared norms that are not smaller: LAMP, Lee et al. (ICLR 2021), eq. 2."""
+    energy = _norm(group, evidence, 2).square()
+    order = torch.argsort(energy, stable=True)
+    rest = energy[order].flip(0).cumsum(0).flip(0)
+    score = torch.empty_like(energy)
+    score[order] = energy[order] / rest.clamp_min(1e-30)
+    return score
+
+
+def norm_scale(group: Group, evidence: Evidence) -> Tensor:
+    """Size of the weights of the norms on a unit: Network Slimming, Liu et al. (ICCV 2017); L2 where there is none."""
+    values = evidence.weights.values
+    vectors = [p for p in evidence.weights.of(group) if values[p.tensor].ndim == 1 and p.tensor.endswith("weight")]
+    if not vectors:
+        return magnitude(group, evidence)
+    return _over_mean(sum((evidence.weights.rows(part).abs().sum(1) for part in vectors), torch.zeros(group.size)))
+
+
+def fpgm(group: Group, evidence: Evidence) -> Tensor:
+    """Distance to all other units of the group: filter pruning by geometric median, He et al. (CVPR 2019), eq. 6."""
+    parts = [part for part in evidence.weights.of(group) if part.dim == 0] or evidence.weights.of(group)
+    if not parts:
+        return torch.ones(group.size)
+    rows = torch.cat([evidence.weights.rows(part) for part in parts], dim=1).double()
+    return _over_mean(torch.cdist(rows, rows).sum(1))
+
+
+def random(group: Group, evidence: Evidence) -> Tensor:
+    """Uniform between 0 and 1, the same for the same group and seed: the control."""
+    generator = torch.Generator().manual_seed((evidence.seed * 2654435761 + crc32(group.name.encode())) % 2**63)
+    return torch.rand(group.size, generator=generator)
+
+
+def taylor(group: Group, evidence: Evidence) -> Tensor:
+    """Mean over samples of the absolute change of the loss to first order, over the group's mean.
+
+    Molchanov et al., Importance Estimation (CVPR 2019), with a gate per unit.
+    """
+    return _over_mean(evidence.moments(group).absolute)
+
+
+def fisher(group: Group, evidence: Evidence) -> Tensor:
+    """Half the mean squared gate gradient: the change of the loss to second order, comparable between groups.
+
+    Theis et al., Faster gaze prediction (2018), eq. 6; Liu et al., Group Fisher (ICML 2021).
+    """
+    return 0.5 * evidence.moments(group).square
+
+
+@dataclass(frozen=True)
+class Row:
+    """A criterion and whether it needs calibration data."""
+
+    function: Criterion
+    data: bool = False
+
+
+CRITERIA: dict[str, Row] = {
+    "magnitude": Row(magnitude),
+    "magnitude_l1": Row(magnitude_l1),
+    "magnitude_max": Row(magnitude_max),
+    "magnitude_plain": Row(magnitude_plain),
+    "lamp": Row(lamp),
+    "norm_scale": Row(norm_scale),
+    "fpgm": Row(fpgm),
+    "random": Row(random),
+    "taylor": Row(taylor, data=True),
+    "fisher": Row(fisher, data=True),
+}
+
+
+def find(name: str) -> Row:
     """The criterion called `name`; raises `OptionError`."""
     if name not in CRITERIA:
         raise OptionError(f"criterion: {name!r} is none of {', '.join(sorted(CRITERIA))}")

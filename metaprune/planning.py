@@ -13,9 +13,10 @@ from metaprune.graphs.errors import OptionError
 from metaprune.graphs.groups import Group
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
-from metaprune.search.allocate import Problem
 from metaprune.search.allocate import find as find_allocator
 from metaprune.search.budget import COSTS, Budget
+from metaprune.search.problem import Problem
+from metaprune.statistics import collect
 
 _COUNTED_IN_STEPS = ("channels", "residual", "ffn", "hidden", "other")
 
@@ -23,8 +24,9 @@ _COUNTED_IN_STEPS = ("channels", "residual", "ffn", "hidden", "other")
 def make_plan(
     graph: Graph,
     budget: str = "macs=0.5",
-    criterion: str = "magnitude",
-    allocator: str = "global",
+    criterion: str | None = None,
+    allocator: str | None = None,
+    data: Any = None,
     round_to: int = 1,
     protect: Iterable[str] = (),
     only: Iterable[str] = (),
@@ -33,7 +35,13 @@ def make_plan(
 ) -> Plan:
     """See `metaprune.plan`."""
     goal = Budget.parse(budget)
-    score, allocate = criteria.find(criterion), find_allocator(allocator)
+    criterion = criterion or ("magnitude" if data is None else "fisher")
+    allocator = allocator or ("cost" if criterion == "fisher" else "global")
+    row, allocate = criteria.find(criterion), find_allocator(allocator)
+    if row.data and data is None:
+        raise OptionError(f"data: criterion {criterion!r} needs calibration data")
+    if data is not None and not row.data:
+        raise OptionError(f"data: criterion {criterion!r} does not use data")
     if not isinstance(round_to, int) or round_to < 1:
         raise OptionError(f"round_to: must be a positive whole number, not {round_to!r}")
     protect, only = _patterns(protect), _patterns(only)
@@ -56,7 +64,9 @@ def make_plan(
     ]
     graph.check_finite()
     weights = criteria.Weights({n: graph.values[n] for n, info in graph.tensors.items() if info.kind == "parameter"})
-    scores = [score(groups[i], weights).double().numpy() for i in free]
+    statistics = collect(graph, data, seed=seed) if row.data else None
+    evidence = criteria.Evidence(weights, statistics, seed)
+    scores = [row.function(groups[i], evidence).double().numpy() for i in free]
     step = [round_to if groups[i].kind in _COUNTED_IN_STEPS and groups[i].size >= round_to else 1 for i in free]
     least = [min(max(groups[i].minimum, s if s > 1 else 1), groups[i].size) for i, s in zip(free, step, strict=True)]
     costs = graph.coupling.costs
@@ -73,6 +83,7 @@ def make_plan(
     provenance: dict[str, Any] = {
         "criterion": criterion,
         "allocator": allocator,
+        "samples": statistics.samples if statistics else 0,
         "round_to": round_to,
         "protect": list(protect),
         "only": list(only),

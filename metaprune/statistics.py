@@ -1,0 +1,144 @@
+"""What calibration data say about every unit, collected in one pass for all criteria that ask.
+
+A gate multiplies its unit wherever the network sums over it. The gradient of the loss by the gate at 1 is therefore
+what the loss loses, to first order, when the unit goes; its square per sample is the diagonal of the Fisher matrix in
+the gate, and half of it the loss to second order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metaprune.graphs.errors import MetapruneError, OptionError
+from metaprune.graphs.ir import Graph
+from metaprune.graphs.structure import take_apart
+
+SAMPLES = 256
+TEMPERATURE = 4.0
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments over samples of the gradient by each unit's gate, shape [size] each.
+
+    Attributes:
+        mean: Of the gradient.
+        absolute: Of its absolute value.
+        square: Of its square: the diagonal Fisher information of the gate.
+    """
+
+    mean: Tensor
+    absolute: Tensor
+    square: Tensor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was collected.
+
+    Attributes:
+        gates: Moments of the gate gradients by group.
+        samples: Number of samples they are means over.
+    """
+
+    gates: Mapping[str, Moments]
+    samples: int
+
+
+def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> Statistics:
+    """One forward and one backward pass per sample.
+
+    Args:
+        graph: The network.
+        data: Batches of inputs, or of (inputs, labels); no label is looked at. Where the network gives one row of
+            logits per sample, labels are drawn from its own predictions at temperature 4, as distillation softens
+            them: a network that is sure of itself has no gradient by its true labels. Any other output is taken for
+            the mean of a Gaussian of variance 1.
+        samples: At most this many samples.
+        seed: Of the labels that are drawn.
+
+    Raises:
+        OptionError: No data, or data that do not fit the network.
+        MetapruneError: The loss or a gradient is not finite.
+    """
+    free = [group for group in graph.groups if not group.pinned]
+    generator = torch.Generator().manual_seed(seed)
+    reference = next((v for v in graph.values.values() if v.is_floating_point()), torch.zeros(()))
+    ones = {g.name: torch.ones(g.size, dtype=reference.dtype, device=reference.device) for g in free}
+    totals = {name: torch.zeros(3, len(one), dtype=torch.float64) for name, one in ones.items()}
+    count = 0
+    positional, named = graph.signature.spec
+    for inputs in islice(_samples(data, len(positional) + len(named)), samples):
+        gates = {name: one.clone().requires_grad_() for name, one in ones.items()}
+        outputs = _outputs(graph.run(None, inputs, gates))
+        if not all(bool(torch.isfinite(output).all()) for output in outputs):
+            raise MetapruneError(f"data: the network's output for sample {count} is not finite")
+        loss = _loss(outputs, generator)
+        gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True) if gates else ()
+        for name, gradient in zip(gates, gradients, strict=True):
+            if gradient is not None:
+                g = gradient.detach().double().cpu()
+                totals[name] += torch.stack([g, g.abs(), g.square()])
+        count += 1
+    if not count:
+        raise OptionError("data: there are no samples")
+    for name, total in totals.items():
+        if not bool(torch.isfinite(total).all()):
+            raise MetapruneError(f"data: the gradients of group {name} are not finite")
+    return Statistics({name: Moments(*(total / count)) for name, total in totals.items()}, count)
+
+
+def _samples(data: Any, arguments: int) -> Iterator[Any]:
+    """Single samples (inputs of batch one) of batches for a network of so many arguments."""
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise OptionError(f"data: batches are needed (a loader or a list), not {type(data).__name__}")
+    for batch in data:
+        labelled = isinstance(batch, (tuple, list)) and len(batch) == 2
+        inputs = batch[0] if labelled and (arguments == 1 or not isinstance(batch[0], Tensor)) else batch
+        leaves = _leaves(inputs)
+        if not leaves:
+            raise OptionError("data: a batch holds no tensor")
+        for i in range(len(leaves[0])):
+            yield _mapped(inputs, i, len(leaves[0]))
+
+
+def _mapped(inputs: Any, i: int, size: int) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs[i : i + 1] if inputs.ndim and len(inputs) == size else inputs
+    if isinstance(inputs, Mapping):
+        return {key: _mapped(value, i, size) for key, value in inputs.items()}
+    return tuple(_mapped(value, i, size) for value in inputs) if isinstance(inputs, (tuple, list)) else inputs
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    take_apart(value, found.append, lambda _, other: None)
+    return found
+
+
+def _outputs(output: Any) -> list[Tensor]:
+    found = [t for t in _leaves(output) if t.is_floating_point()]
+    if not found:
+        raise OptionError("data: the network gives no floating-point output to take gradients of")
+    return found
+
+
+def _loss(outputs: list[Tensor], generator: torch.Generator) -> Tensor:
+    """Negative log likelihood of a draw from the network's own output distribution; see `collect`."""
+    first = outputs[0].float() if outputs[0].dtype in (torch.float16, torch.bfloat16) else outputs[0]
+    if first.ndim == 2 and first.shape[1] > 1:
+        soft = first / TEMPERATURE
+        drawn = torch.multinomial(soft.detach().double().softmax(1).cpu(), 1, generator=generator)[:, 0]
+        return F.cross_entropy(soft, drawn.to(first.device), reduction="sum")
+    total = first.new_zeros(())
+    for output in outputs:
+        noise = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device, first.dtype)
+        total = total + (output.to(first.dtype) * noise).sum()
+    return total

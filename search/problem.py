@@ -1,0 +1,115 @@
+"""What an allocator is asked, and what all of them share: legality, feasibility, filling up to the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metaprune.graphs.cost import Costs
+from metaprune.graphs.errors import BudgetInfeasible
+from metaprune.search.budget import Budget
+
+Counts = NDArray[np.float64]
+Kept = NDArray[np.int64]
+_TRIALS = 64  # groups tried one by one once no more of them fit together
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What an allocator is asked.
+
+    Attributes:
+        costs: Cost polynomials over all groups of the graph.
+        free: Indices of the groups that may shrink.
+        scores: Score of every unit of each free group, in the order of `free`, each of shape [size].
+        budget: The budget.
+        step: For each free group, the step its kept count moves in.
+        minimum: For each free group, the least kept count.
+    """
+
+    costs: Costs
+    free: Sequence[int]
+    scores: Sequence[NDArray[np.float64]]
+    budget: Budget
+    step: NDArray[np.int64]
+    minimum: NDArray[np.int64]
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Full size of each free group."""
+        return self.costs.sizes[list(self.free)].astype(np.int64)
+
+    def full(self, kept: NDArray[np.int64]) -> Counts:
+        """Kept counts of all groups, shape [plans, groups], from those of the free ones, shape [plans, free]."""
+        counts = np.tile(self.costs.sizes, (len(kept), 1))
+        counts[:, list(self.free)] = kept
+        return counts
+
+    def excess(self, kept: NDArray[np.int64]) -> float:
+        """Cost over budget for one allocation, shape [free]; at most 1 is within budget."""
+        return float(self.budget.excess(self.costs, self.full(kept[None]))[0])
+
+    def at_width(self, fraction: float) -> Kept:
+        """That fraction of every group, to the nearest step."""
+        return self.rounded(np.floor(fraction * self.sizes / self.step + 0.5) * self.step)
+
+    def rounded(self, kept: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+        """Kept counts made legal: multiples of the step, never below the minimum."""
+        whole = np.floor(kept / self.step + 1e-9).astype(np.int64) * self.step
+        legal: NDArray[np.int64] = np.clip(whole, self.minimum, self.sizes)
+        return legal
+
+
+def check_feasible(problem: Problem) -> None:
+    """Raises `BudgetInfeasible` with what can be attained when even the least legal plan is over budget."""
+    least = problem.excess(problem.minimum)
+    if least > 1:
+        name, fraction = problem.budget.limits[0]
+        worst = max(problem.budget.limits, key=lambda limit: _ratio(problem, limit[0]) / limit[1])
+        name, fraction = worst
+        attainable = _ratio(problem, name)
+        raise BudgetInfeasible(
+            f"budget: {name}={fraction} can not be met; the least is {name}={attainable:.4f}", attainable
+        )
+
+
+def _ratio(problem: Problem, name: str) -> float:
+    costs = problem.costs
+    return float(
+        costs.evaluate(name, problem.full(problem.minimum[None]))[0] / costs.evaluate(name, costs.sizes[None])[0]
+    )
+
+
+def filled(problem: Problem, kept: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Gives single steps back under the budget: to as long a prefix of `order` as fits, then where one more fits."""
+    first = np.array(list(dict.fromkeys([*order.tolist(), *range(len(kept))])), dtype=np.int64)
+
+    def raised(count: int) -> NDArray[np.int64]:
+        more = kept.copy()
+        chosen = first[:count]
+        more[chosen] = np.minimum(more[chosen] + problem.step[chosen], problem.sizes[chosen])
+        return more
+
+    while True:
+        low, high = 0, len(first)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if problem.excess(raised(middle)) <= 1:
+                low = middle
+            else:
+                high = middle - 1
+        if np.array_equal(raised(low), kept):
+            break
+        kept = raised(low)
+    for group in first[low : low + _TRIALS].tolist():
+        while kept[group] < problem.sizes[group]:
+            more = kept.copy()
+            more[group] = min(more[group] + problem.step[group], problem.sizes[group])
+            if problem.excess(more) > 1:
+                break
+            kept = more
+    return kept
