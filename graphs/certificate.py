@@ -60,12 +60,18 @@ class Prover:
     def __init__(self, graph: Graph, incision: Incision, seed: int = 0) -> None:
         if graph.source is None:
             raise CertificateError("a graph without its network can not be certified; trace the network itself")
+        if any(value.is_meta for value in (*graph.values.values(), *graph.example.values())):
+            raise CertificateError("a network without weights (meta device) can not be certified; pass certify=False")
         self._graph = graph
         self._incision = incision
         self._canonical = {alias: info.name for info in graph.tensors.values() for alias in info.aliases}
         self._revived: dict[str, torch.Tensor] = {}
         self._revive(seed)
         self._leaves = [self._draw(seed + i, scale) for i, scale in enumerate(_SCALES)]
+        self._jitter = False
+        scrambled = self._scrambled(seed + len(_SCALES))
+        if scrambled is not None and self._runs_on(scrambled):
+            self._leaves.append(scrambled)
         rows = min((x.shape[0] for x in graph.example.values() if x.ndim), default=1)
         self._inputs = len(self._leaves) * rows
         self._jitter = False
@@ -192,6 +198,30 @@ class Prover:
             else:
                 leaves[name] = value
         return leaves
+
+    def _scrambled(self, seed: int) -> dict[str, torch.Tensor] | None:
+        """Truth values and whole numbers drawn anew, within the range of the example; None where there are none."""
+        generator = torch.Generator().manual_seed(seed)
+        leaves = self._draw(seed, 1.0)
+        discrete = [name for name, value in leaves.items() if not (value.is_floating_point() or value.is_complex())]
+        for name in discrete:
+            value = leaves[name]
+            low, high = (int(value.min()), int(value.max())) if value.numel() else (0, 0)
+            high = 1 if value.dtype is torch.bool else high
+            high += 3 * (low == high and value.device.type == "cpu")
+            drawn = torch.randint(low, high + 1, value.shape, generator=generator)
+            leaves[name] = drawn.to(value.device, value.dtype)
+        return leaves if discrete else None
+
+    def _runs_on(self, leaves: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the network takes an input and answers with finite values; made-up indices may be out of range."""
+        source = self._graph.source
+        assert source is not None
+        try:
+            found = run_exact(source, self._call(leaves), names_of(source, self._canonical), self._masked_weight, {})
+        except Exception:
+            return False
+        return all(bool(torch.isfinite(value).all()) for value in found)
 
     def _revive(self, seed: int) -> None:
         """Replaces parameters that hide errors: constant ones, and those with slices that are exactly zero."""

@@ -331,6 +331,7 @@ def _explain(
     values = flow.example_values()
     if (
         values is None
+        or not node.op.startswith("aten.")  # code of others may not survive the numbers it is given here
         or sum(math.prod(s) for s in shapes.values()) > _LIMIT
         or not all(meta.is_float for meta in metas)
     ):

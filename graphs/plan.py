@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,7 +37,7 @@ class Plan:
     parent: str = ""
 
     def __post_init__(self) -> None:
-        frozen = {name: tuple(sorted(int(i) for i in units)) for name, units in self.keep.items()}
+        frozen = {name: _units(name, units) for name, units in self.keep.items()}
         object.__setattr__(self, "keep", MappingProxyType(frozen))
         object.__setattr__(self, "reached", MappingProxyType(dict(self.reached)))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
@@ -92,3 +93,13 @@ class Plan:
             return Plan.from_json(Path(path).read_text())
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"plan {path} can not be read: {error}") from None
+
+
+def _units(group: str, units: Any) -> tuple[int, ...]:
+    """Numbers of units, ascending; raises `PlanError` for anything else."""
+    try:
+        if any(isinstance(unit, bool) for unit in units):
+            raise TypeError
+        return tuple(sorted(index(unit) for unit in units))
+    except TypeError:
+        raise PlanError(f"group {group}: a plan lists the numbers of the units that stay, not {units!r}") from None

@@ -53,6 +53,8 @@ def trace(model: Any, inputs: Any = None, dynamic: Mapping[int | str, Sequence[i
     )
     if not leaves:
         raise TraceError("inputs: the example holds no tensor")
+    if any(x.is_floating_point() and not x.is_meta and bool(x.isnan().any()) for x in leaves):
+        raise TraceError("inputs: the example holds values that are not a number")
     wrapper = _Flat(model, spec)
     size = leaves[0].shape[0] if leaves[0].ndim else 0
     notes: list[str] = []
@@ -71,6 +73,8 @@ def trace(model: Any, inputs: Any = None, dynamic: Mapping[int | str, Sequence[i
     names = tuple(inspect.signature(model.forward).parameters)
     reader = Reader(program, model, _tensors_of(model), strip="model.")
     reader.read()
+    if not reader.outputs:
+        raise TraceError("the network's output holds no tensor")
     outputs = iter(reader.outputs)
     output = structure.exchange(wrapper.noted.template, lambda _: next(outputs))
     signature = Signature(names, spec, output, wrapper.noted.dropped)
@@ -172,6 +176,10 @@ def _dims(
     """Dynamic dimensions of every leaf: the batch, and those asked for."""
     size = leaves[0].shape[0] if leaves[0].ndim else 0
     wanted: list[set[int]] = [{0} if x.ndim and x.shape[0] == size and size > 1 else set() for x in leaves]
+    if dynamic is not None and not (
+        isinstance(dynamic, Mapping) and all(isinstance(dims, (tuple, list, set)) for dims in dynamic.values())
+    ):
+        raise TraceError(f"dynamic: a dict from arguments to their dimensions is needed, not {dynamic!r}")
     for key, dims in (dynamic or {}).items():
         try:
             argument = spec[0][key] if isinstance(key, int) else spec[1][key]

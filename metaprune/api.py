@@ -13,7 +13,7 @@ from torch import nn
 from metaprune.graphs import native, onnx_export, saved
 from metaprune.graphs.certificate import Certificate, Prover
 from metaprune.graphs.cost import Cost, counted
-from metaprune.graphs.errors import CertificateError, LoadError, MetapruneError, PlanError
+from metaprune.graphs.errors import CertificateError, LoadError, MetapruneError, OptionError, PlanError
 from metaprune.graphs.execute import execute
 from metaprune.graphs.expressible import runs_on_kept
 from metaprune.graphs.incision import Incision, Kept
@@ -21,6 +21,7 @@ from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.graphs.portable import PortableModule
 from metaprune.graphs.reference import evaluated
+from metaprune.graphs.scalars import same_numbers
 from metaprune.graphs.structure import take_apart
 from metaprune.graphs.surgery import cut
 from metaprune.graphs.trace import trace as _trace
@@ -58,11 +59,17 @@ class Pruned:
 
     def save(self, directory: str | Path) -> None:
         """Writes the portable form and the plan; `metaprune.load` reads them. The manifest comes last."""
-        saved.save(Path(directory), self.graph, self.module, self.plan)
+        try:
+            saved.save(_path("directory", directory), self.graph, self.module, self.plan)
+        except OSError as error:
+            raise MetapruneError(f"{directory}: can not be written: {error.strerror or error}") from error
 
     def export_onnx(self, path: str | Path) -> None:
         """Writes an ONNX file with a dynamic batch through `torch.onnx.export`."""
-        onnx_export.export_onnx(Path(path), self.graph, self.module)
+        try:
+            onnx_export.export_onnx(_path("path", path), self.graph, self.module)
+        except OSError as error:
+            raise MetapruneError(f"{path}: can not be written: {error.strerror or error}") from error
 
 
 def trace(model: Any, inputs: Any = None, dynamic: Mapping[int | str, Sequence[int]] | None = None) -> Graph:
@@ -112,6 +119,7 @@ def plan(
         BudgetInfeasible: No legal plan reaches the budget; `attainable` is the least fraction.
         OptionError: An option has no meaning.
     """
+    _check("graph", graph, Graph)
     return make_plan(graph, budget, criterion, allocator, data, round_to, protect, only, kinds, seed)
 
 
@@ -127,6 +135,8 @@ def apply(graph: Graph, plan: Plan, certify: bool = True) -> Pruned:
         PlanError: The plan is of another network, or names what does not exist.
         CertificateError: The cut network differs from the masked original; nothing is returned.
     """
+    _check("graph", graph, Graph)
+    _check("plan", plan, Plan)
     if plan.graph and plan.graph != graph.fingerprint:
         raise PlanError("the plan was made for another network: its axis table differs")
     graph.check_finite()
@@ -186,7 +196,7 @@ def load(directory: str | Path, into: nn.Module | None = None) -> nn.Module:
         LoadError: The folder is truncated, inconsistent or hostile.
         PlanError: `into` is another network.
     """
-    stored = saved.load(Path(directory))
+    stored = saved.load(_path("directory", directory))
     try:
         portable = PortableModule(stored.graph).eval()
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -201,9 +211,20 @@ def load(directory: str | Path, into: nn.Module | None = None) -> nn.Module:
     incision.graph.values.update(saved_values)
     expected = _flat(execute(stored.graph, stored.graph.values, stored.graph.example))
     for module in native.candidates(graph, incision, whole=True) if runs_on_kept(graph, incision) else ():
-        if _same(module, stored.graph, expected):
+        if _same(module, stored.graph, expected) and same_numbers(module, graph, incision.graph):
             return module
     raise MetapruneError("into: no native form of this module equals the saved network; load it without `into`")
+
+
+def _check(option: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise OptionError(f"{option}: a {kind.__name__} is needed, not a {type(value).__name__}")
+
+
+def _path(option: str, value: str | Path) -> Path:
+    if not isinstance(value, (str, Path)):
+        raise OptionError(f"{option}: a path is needed, not a {type(value).__name__}")
+    return Path(value)
 
 
 def _literal(name: str) -> str:
@@ -217,6 +238,8 @@ def _hand_back(graph: Graph, incision: Incision, prover: Prover | None) -> tuple
     expected = _reference_output(incision.graph)
     for module in native.candidates(graph, incision) if runs_on_kept(graph, incision) else ():
         if expected is not None and not _same(module, incision.graph, expected):
+            continue
+        if not same_numbers(module, graph, incision.graph):
             continue
         if prover is None and expected is not None:
             return module, "native", None

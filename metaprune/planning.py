@@ -15,7 +15,7 @@ from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.search.allocate import find as find_allocator
 from metaprune.search.budget import COSTS, Budget
-from metaprune.search.problem import Problem
+from metaprune.search.problem import Problem, check_feasible
 from metaprune.statistics import collect
 
 _COUNTED_IN_STEPS = ("channels", "residual", "ffn", "hidden", "other")
@@ -42,9 +42,12 @@ def make_plan(
         raise OptionError(f"data: criterion {criterion!r} needs calibration data")
     if data is not None and not row.data:
         raise OptionError(f"data: criterion {criterion!r} does not use data")
-    if not isinstance(round_to, int) or round_to < 1:
+    if type(round_to) is not int or round_to < 1:
         raise OptionError(f"round_to: must be a positive whole number, not {round_to!r}")
-    protect, only = _patterns(protect), _patterns(only)
+    if type(seed) is not int:
+        raise OptionError(f"seed: must be a whole number, not {seed!r}")
+    protect, only = _patterns("protect", protect), _patterns("only", only)
+    kinds = None if kinds is None else _patterns("kinds", kinds)
     groups = graph.groups
     known = {group.kind for group in groups}
     if kinds is not None and not set(kinds) <= known:
@@ -71,7 +74,9 @@ def make_plan(
     least = [min(max(groups[i].minimum, s if s > 1 else 1), groups[i].size) for i, s in zip(free, step, strict=True)]
     costs = graph.coupling.costs
     problem = Problem(costs, free, scores, goal, np.array(step, dtype=np.int64), np.array(least, dtype=np.int64))
-    kept = allocate(problem) if free or goal.limits else np.empty(0, dtype=np.int64)
+    if not free:
+        check_feasible(problem)
+    kept = allocate(problem) if free else np.empty(0, dtype=np.int64)
     keep: dict[str, tuple[int, ...]] = {}
     for i, count, values in zip(free, kept.tolist(), scores, strict=True):
         if count < groups[i].size:
@@ -97,8 +102,13 @@ def _fraction(part: float, whole: float) -> float:
     return float(part / whole) if whole else 1.0
 
 
-def _patterns(value: Iterable[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+def _patterns(option: str, value: Iterable[str]) -> tuple[str, ...]:
+    """A name or several as a tuple; raises `OptionError` for anything else."""
+    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
+    for item in found:
+        if not isinstance(item, str):
+            raise OptionError(f"{option}: names are needed, not {item!r}")
+    return found
 
 
 def _matches(group: Group, patterns: Sequence[str]) -> bool:

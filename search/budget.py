@@ -40,6 +40,8 @@ class Budget:
                 width = value
             else:
                 limits.append((name, value))
+        if len({name for name, _ in limits}) < len(limits):
+            raise OptionError(f"budget: a cost is given twice in {text!r}")
         if width is not None and limits:
             raise OptionError("budget: width can not be combined with a cost")
         return Budget(str(text), tuple(limits), width)

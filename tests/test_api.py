@@ -226,7 +226,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("budget", {"budget": 0.5}),
     ("criterion", {"criterion": "no_such"}),
     ("allocator", {"allocator": "no_such"}),
-    ("criterion", {"criterion": None}),
+    ("criterion", {"criterion": 7}),
     ("round_to", {"round_to": 0}),
     ("round_to", {"round_to": 2.5}),
     ("round_to", {"round_to": "8"}),

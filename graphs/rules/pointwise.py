@@ -80,7 +80,7 @@ def _frozen(bound: Bound, state: Flow) -> tuple[Any, ...]:
     return tuple((name, substitute(value, leaf)) for name, value in bound.items())
 
 
-_DRAWS = (0.75, 1.5, 2.25, -0.6, -1.75)
+_DRAWS = (0.75, 1.5, 2.25, -0.6, -1.75, 0.0)  # zero by chance, too: x == max(x) holds of a silenced x then
 
 
 @lru_cache(maxsize=65536)
@@ -91,26 +91,30 @@ def _try(call: _Call, zero: tuple[bool, ...]) -> bool | None:
     op, arguments, dtypes = call
     function = operators.resolve(op)
     silent = True
-    for draw, truth in product(_DRAWS, (True, False)):
+    booleans = sum(dtype is torch.bool for dtype in dtypes)
+    for draw, truths in product(_DRAWS, product((True, False), repeat=booleans)):
+        given = iter(truths)
         tensors = iter(
-            _operand(flag, draw + 0.1 * i, truth, dtype)
+            _operand(flag, draw + 0.1 * i * (draw != 0), dtype is not torch.bool or next(given), dtype)
             for i, (flag, dtype) in enumerate(zip(zero, dtypes, strict=True))
         )
         named = {name: next(tensors) if isinstance(value, Ref) else value for name, value in arguments}
         with torch.no_grad():
             result = function(**named)
-        if result.is_floating_point() and draw > 0 and not bool(torch.isfinite(result).all()):
-            return None
+        if result.is_floating_point() and not bool(torch.isfinite(result).all()):
+            if draw > 0:
+                return None
+            continue  # such operands make no sense for the operator
         silent = silent and not bool(result.ne(0).any())
     return silent
 
 
 def _operand(zero: bool, draw: float, truth: bool, dtype: torch.dtype) -> torch.Tensor:
     if dtype is torch.bool:
-        return torch.tensor(truth)
+        return torch.tensor(truth and not zero)
     if zero:
         return torch.zeros((), dtype=dtype)
-    return torch.tensor(draw if dtype.is_floating_point else int(draw) or 3, dtype=dtype)
+    return torch.tensor(draw if dtype.is_floating_point or not draw else int(draw) or 3, dtype=dtype)
 
 
 def _prelu(state: Flow, node: Node, bound: Bound) -> Axes:

@@ -28,6 +28,9 @@ def _recurrent(gates: int) -> Rule:
         op = node.base
         count = 4 if bound["has_biases"] else 2
         directions = 2 if bound["bidirectional"] else 1
+        widths = {state.of(ref)[-1].size for ref in states}
+        if len(widths) > 1:
+            raise Unmatched("a projected state")
         hidden = state.tie([state.of(ref)[-1] for ref in states], op)
         if len(params) != count * directions * bound["num_layers"] or state.of(params[1])[1].size != hidden.size:
             raise Unmatched("a projected state")

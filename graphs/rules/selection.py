@@ -59,8 +59,9 @@ def _narrow(state: Flow, node: Node, bound: Bound) -> Axes:
 
 
 def _as_slice(bound: Bound) -> Bound:
-    length = bound["length"]
-    end = bound["start"] + length if isinstance(bound["start"], int) and isinstance(length, int) else bound["length"]
+    start, length = bound["start"], bound["length"]
+    end = start + length if isinstance(start, int) and isinstance(length, int) else length
+    end = 2**63 - 1 if isinstance(start, int) and start < 0 and end == 0 else end
     return {"self": bound["self"], "dim": bound["dim"], "start": bound["start"], "end": end, "step": 1}
 
 
