@@ -31,8 +31,8 @@ class Certificate:
     Attributes: wiring: Largest relative difference to the original with silenced parameters, statistics of layer and
         group norms taken over kept channels on both sides. function: The same without that allowance: 0 where the cut
         is exact as it stands. outputs: Number of output tensors compared. inputs: Number of random inputs. revived:
-        Tensors too dead to prove anything (zeros, constants), replaced by random values on both sides. change:
-        Largest relative difference to the unpruned network; a cut that changes nothing proves nothing.
+        Tensors too dead to prove anything (zeros, constants), replaced by random values on both sides.
+        altered: A tensor that is not the kept part of the original's; nothing was run then.
     """
 
     wiring: float
@@ -40,7 +40,7 @@ class Certificate:
     outputs: int
     inputs: int
     revived: tuple[str, ...] = ()
-    change: float = math.nan
+    altered: str = ""
 
     @property
     def ok(self) -> bool:
@@ -49,6 +49,8 @@ class Certificate:
 
     def summary(self) -> str:
         """One line for people."""
+        if self.altered:
+            return f"NOT certified: tensor {self.altered} is not the kept part of the original's"
         verdict = "certified" if self.ok else "NOT certified"
         errors = f"wiring {self.wiring:.1e}, function {self.function:.1e}"
         return f"{verdict}: {errors}, {self.inputs} inputs, {self.outputs} outputs"
@@ -86,14 +88,16 @@ class Prover:
         random inputs, once with the weights as they are and once with biases and other vectors moved at random, so
         that no error hides behind a unit that happens to be silent.
         """
-        if not self._tensors_agree(module):
-            return Certificate(math.inf, math.inf, 0, 0, tuple(self._revived))
+        altered = self._altered(module)
+        if altered:
+            return Certificate(math.inf, math.inf, 0, 0, tuple(self._revived), altered)
         names = names_of(module, self._canonical)
         found = self._run(module, names, self._cut_weight, {}, "the pruned network does not run")
         wiring, function = _distance(found, self._wiring), _distance(found, self._function)
         return Certificate(wiring, function, len(found[0]), self._inputs, tuple(self._revived))
 
-    def _tensors_agree(self, module: nn.Module) -> bool:
+    def _altered(self, module: nn.Module) -> str:
+        """The first tensor of a candidate that is not the kept part of the original's; empty when all are."""
         own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
         for info in self._graph.tensors.values():
             original = self._graph.values[info.name]
@@ -105,12 +109,12 @@ class Prover:
                     continue
                 value = own[name].detach()
                 if value.shape != expected.shape or value.dtype != expected.dtype:
-                    return False
+                    return name
                 scaled = name in self._incision.scales
                 close = torch.allclose(value, expected, rtol=1e-5) if scaled else torch.equal(value, expected)
                 if not close and not bool(torch.isnan(expected).any()):
-                    return False
-        return True
+                    return name
+        return ""
 
     # ---- the two sides
 
