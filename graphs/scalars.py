@@ -20,6 +20,7 @@ from metaprune.graphs.ir import Graph
 from metaprune.graphs.reference import evaluated
 from metaprune.graphs.structure import put_together
 
+Numbers = Counter[tuple[Any, ...]]
 _FILLS = frozenset("full full_like fill scalar_tensor lift_fresh new_full masked_fill".split())
 
 _COPIES = frozenset("clone copy _to_copy".split())  # these come and go with the layout of memory
@@ -30,7 +31,7 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: Counter[tuple[Any, ...]] = Counter()
+        self.found: Numbers = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs one operator and notes its numbers."""
@@ -49,23 +50,24 @@ def _number(value: Any) -> float | None:
     return float(value) if single and not isinstance(value, nn.Parameter) else None
 
 
-def _counted(run: Callable[[], Any]) -> Counter[tuple[Any, ...]]:
+def counted(run: Callable[[], Any]) -> tuple[Any, Numbers]:
+    """What a call returns, and the numbers it computed with."""
     log = _Numbers()
     with torch.no_grad(), log:
-        run()
-    return log.found
+        result = run()
+    return result, log.found
 
 
-def _of_module(module: nn.Module, graph: Graph) -> Counter[tuple[Any, ...]]:
+def _of_module(module: nn.Module, graph: Graph) -> Numbers:
     positional, named = graph.signature.spec
     args = [put_together(a, lambda ref: graph.example[ref.name]) for a in positional]
     kwargs = {k: put_together(v, lambda ref: graph.example[ref.name]) for k, v in named.items()}
     with evaluated(module):
-        return _counted(lambda: module(*args, **kwargs))
+        return counted(lambda: module(*args, **kwargs))[1]
 
 
-def _of_graph(graph: Graph) -> Counter[tuple[Any, ...]]:
-    return _counted(lambda: execute(graph, graph.values, graph.example))
+def _of_graph(graph: Graph) -> Numbers:
+    return counted(lambda: execute(graph, graph.values, graph.example))[1]
 
 
 def same_numbers(module: nn.Module, graph: Graph, cut: Graph) -> bool:
@@ -84,5 +86,5 @@ def same_numbers(module: nn.Module, graph: Graph, cut: Graph) -> bool:
         after.subtract(_of_graph(cut))
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError):
         return False
-    left: Counter[tuple[Any, ...]] = graph.__dict__["_numbers"]
+    left: Numbers = graph.__dict__["_numbers"]
     return all(after[key] == left[key] for key in after.keys() | left.keys())

@@ -21,7 +21,8 @@ from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.graphs.portable import PortableModule
 from metaprune.graphs.reference import evaluated
-from metaprune.graphs.scalars import same_numbers
+from metaprune.graphs.scalars import Numbers, same_numbers
+from metaprune.graphs.scalars import counted as counted_numbers
 from metaprune.graphs.structure import take_apart
 from metaprune.graphs.surgery import cut
 from metaprune.graphs.trace import trace as _trace
@@ -211,7 +212,7 @@ def load(directory: str | Path, into: nn.Module | None = None) -> nn.Module:
     incision.graph.values.update(saved_values)
     expected = _flat(execute(stored.graph, stored.graph.values, stored.graph.example))
     for module in native.candidates(graph, incision, whole=True) if runs_on_kept(graph, incision) else ():
-        if _same(module, stored.graph, expected) and same_numbers(module, graph, incision.graph):
+        if _run_alike(module, stored.graph, expected) is not None and same_numbers(module, graph, incision.graph):
             return module
     raise MetapruneError("into: no native form of this module equals the saved network; load it without `into`")
 
@@ -235,17 +236,15 @@ def _literal(name: str) -> str:
 def _hand_back(graph: Graph, incision: Incision, prover: Prover | None) -> tuple[nn.Module, str, Certificate | None]:
     """The first verified form: native candidates, then the portable one."""
     portable = PortableModule(incision.graph).eval()
-    expected = _reference_output(incision.graph)
-    for module in native.candidates(graph, incision) if runs_on_kept(graph, incision) else ():
-        if expected is not None and not _same(module, incision.graph, expected):
-            continue
-        if not same_numbers(module, graph, incision.graph):
-            continue
-        if prover is None and expected is not None:
-            return module, "native", None
-        if prover is not None:
-            certificate = _try(prover, module)
-            if certificate is not None and certificate.ok:
+    reference = _reference_output(incision.graph)
+    if reference is not None and runs_on_kept(graph, incision):
+        expected, numbers = reference
+        for module in native.candidates(graph, incision):
+            found = _run_alike(module, incision.graph, expected)
+            if found is None or (found != numbers and not same_numbers(module, graph, incision.graph)):
+                continue
+            certificate = None if prover is None else _try(prover, module)
+            if prover is None or (certificate is not None and certificate.ok):
                 return module, "native", certificate
     if prover is None:
         return portable, "portable", None
@@ -262,13 +261,14 @@ def _try(prover: Prover, module: nn.Module) -> Certificate | None:
         return None
 
 
-def _reference_output(graph: Graph) -> list[torch.Tensor] | None:
-    """Output of the cut graph on the traced example; None on the meta device."""
+def _reference_output(graph: Graph) -> tuple[list[torch.Tensor], Numbers] | None:
+    """Output of the cut graph on the traced example, and the numbers it computes with; None on the meta device."""
     if any(value.is_meta for value in graph.values.values()):
         return None
     with torch.no_grad():
         try:
-            return _flat(execute(graph, graph.values, graph.example))
+            output, numbers = counted_numbers(lambda: execute(graph, graph.values, graph.example))
+            return _flat(output), numbers
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise CertificateError(f"the cut network does not run: {error}") from error
 
@@ -279,20 +279,20 @@ def _flat(output: Any) -> list[torch.Tensor]:
     return found
 
 
-def _same(module: nn.Module, graph: Graph, expected: list[torch.Tensor]) -> bool:
-    """Whether a native module gives the graph's output on the traced example."""
+def _run_alike(module: nn.Module, graph: Graph, expected: list[torch.Tensor]) -> Numbers | None:
+    """The numbers a native module computes with, if it gives the graph's output on the traced example."""
     from metaprune.graphs.structure import put_together
 
     positional, named = graph.signature.spec
     try:
         with evaluated(module):
             args = [put_together(a, lambda ref: graph.example[ref.name]) for a in positional]
-            found = _flat(
-                module(*args, **{k: put_together(v, lambda ref: graph.example[ref.name]) for k, v in named.items()})
-            )
+            kwargs = {k: put_together(v, lambda ref: graph.example[ref.name]) for k, v in named.items()}
+            output, numbers = counted_numbers(lambda: module(*args, **kwargs))
+            found = _flat(output)
     except Exception:  # see _try
-        return False
-    return len(found) == len(expected) and all(map(_close, found, expected))
+        return None
+    return numbers if len(found) == len(expected) and all(map(_close, found, expected)) else None
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
