@@ -207,11 +207,6 @@ def _partners(
     return found
 
 
-def _weighed(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A sum of all elements with random positive weights."""
-    return (value * (torch.rand(value.shape, generator=generator) + 0.5)).sum()
-
-
 def _along(vector: torch.Tensor, like: torch.Tensor, dim: int) -> torch.Tensor:
     return vector.reshape([-1 if d == dim else 1 for d in range(like.ndim)])
 
