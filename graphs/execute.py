@@ -59,8 +59,7 @@ def execute(
         elif gates is not None and node.name in gates.sites:
             env[node.name] = gated_call(node, gates, *_arguments(node, env, values, training))
         else:
-            args, kwargs = _arguments(node, env, values, training)
-            env[node.name] = operators.resolve(node.op)(*args, **kwargs)
+            env[node.name] = call(node, env, values, training)
         if watch is not None:
             watch(node, env[node.name])
         for name in last.get(node.name, ()):
@@ -106,6 +105,12 @@ def _match(spec: Any, value: Any, path: str, leaves: dict[str, torch.Tensor]) ->
             raise OptionError(f"inputs: {path} must hold {len(spec.items)} values")
         for i, item in enumerate(spec.items):
             _match(item, value[i], f"{path}[{i}]", leaves)
+
+
+def call(node: Node, env: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], training: bool = False) -> Any:
+    """What an operator's node gives, from the values of the nodes it reads."""
+    args, kwargs = _arguments(node, env, tensors, training)
+    return operators.resolve(node.op)(*args, **kwargs)
 
 
 def _arguments(

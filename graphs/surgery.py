@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from metaprune.graphs import operators
 from metaprune.graphs.flow import Axis
-from metaprune.graphs.incision import Incision, Kept, Mask, alive_units, carried
+from metaprune.graphs.incision import Incision, Kept, Mask, carried
 from metaprune.graphs.ir import Graph, Meta, Node, TensorInfo, live_nodes, substitute, verify
 from metaprune.graphs.recompute import Region
 from metaprune.graphs.rms import RmsNorm, find_rms_norms
 from metaprune.graphs.rules import lookup
 from metaprune.graphs.rules.rule import Bound
 from metaprune.graphs.structure import Ref, refs
+from metaprune.graphs.survivors import Survivors
 
 
 def cut(graph: Graph, keep: Mapping[str, tuple[int, ...]]) -> Incision:
@@ -40,8 +41,7 @@ class Cut:
     def __init__(self, graph: Graph, keep: Mapping[str, tuple[int, ...]]) -> None:
         self.graph = graph
         self.flow = graph.coupling.flow
-        self._alive = alive_units(graph, keep)
-        self._masks: dict[int, tuple[Axis, Mask | None]] = {}
+        self._survivors = Survivors(graph, keep)
         self._nodes: dict[str, Node] = {}
         self._tensors: dict[str, TensorInfo] = {}
         self._values: dict[str, torch.Tensor] = {}
@@ -59,15 +59,7 @@ class Cut:
 
     def axis_mask(self, axis: Axis) -> Mask | None:
         """Which positions of an axis stay; None when all do."""
-        if axis.ids is None:
-            return None
-        key = id(axis.ids)
-        if key not in self._masks:
-            mask = np.ones(axis.size, dtype=bool)
-            for units in self.graph.coupling.units(axis):
-                mask &= (units < 0) | self._alive[units]
-            self._masks[key] = (axis, None if mask.all() else mask)
-        return self._masks[key][1]
+        return self._survivors.along(axis)
 
     def mask(self, value: Ref | Node, dim: int) -> Mask | None:
         """Which positions of a value's axis stay; None when all do."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from metaprune.graphs.certificate import Certificate
     from metaprune.graphs.errors import BudgetInfeasible, MetapruneError
     from metaprune.graphs.plan import Plan
+    from metaprune.reconstruction import reconstruct
     from metaprune.recovery import recover
     from metaprune.task import Task
 
@@ -29,6 +30,7 @@ __all__ = [
     "load",
     "plan",
     "prune",
+    "reconstruct",
     "recover",
     "trace",
 ]
@@ -38,6 +40,7 @@ _HOMES = {
     "metaprune.graphs.certificate": ("Certificate",),
     "metaprune.graphs.errors": ("BudgetInfeasible", "MetapruneError"),
     "metaprune.graphs.plan": ("Plan",),
+    "metaprune.reconstruction": ("reconstruct",),
     "metaprune.recovery": ("recover",),
     "metaprune.task": ("Task",),
 }

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from metaprune import criteria
+from metaprune.calibration import repeatable
 from metaprune.graphs import native, onnx_export, saved
 from metaprune.graphs.certificate import Certificate, Prover
 from metaprune.graphs.cost import Cost, counted
@@ -27,6 +29,7 @@ from metaprune.graphs.structure import take_apart
 from metaprune.graphs.surgery import cut
 from metaprune.graphs.trace import trace as _trace
 from metaprune.planning import make_plan
+from metaprune.reconstruction import reconstruct as fit_weights
 
 _PORTABLE_NOTE = (
     "portable form: batch norm and dropout follow train() and eval(); other behaviour that exists only in training "
@@ -47,6 +50,7 @@ class Pruned:
         kept: Kept positions by tensor name and dimension.
         notes: What the user should know.
         graph: The cut graph.
+        original: The graph that was cut; it shares the original network's tensors.
     """
 
     module: nn.Module
@@ -57,6 +61,7 @@ class Pruned:
     kept: Kept
     notes: tuple[str, ...]
     graph: Graph
+    original: Graph
 
     def save(self, directory: str | Path) -> None:
         """Writes the portable form and the plan; `metaprune.load` reads them. The manifest comes last."""
@@ -146,7 +151,7 @@ def apply(graph: Graph, plan: Plan, certify: bool = True) -> Pruned:
     prover = Prover(graph, incision) if certify else None
     module, kind, certificate = _hand_back(graph, incision, prover)
     notes = [*graph.notes, *([_PORTABLE_NOTE] if kind == "portable" else [])]
-    return Pruned(module, plan, certificate, cost, kind, incision.kept, tuple(notes), incision.graph)
+    return Pruned(module, plan, certificate, cost, kind, incision.kept, tuple(notes), incision.graph, graph)
 
 
 def prune(
@@ -162,19 +167,33 @@ def prune(
     kinds: Sequence[str] | None = None,
     seed: int = 0,
     certify: bool = True,
+    reconstruct: bool | None = None,
 ) -> Pruned:
     """Traces, plans and applies in one call; see those. A `Graph` is accepted for `model`.
 
     Should a cut fail its certificate, the groups at fault are found by bisection, kept whole with a note, and the
     plan is made again.
+
+    With `data` the default is the closed-form core: units are chosen by `criterion="fisher"` and `allocator="cost"`,
+    and the weights of what remains are fitted to the dense network's responses by `metaprune.reconstruct`, all without
+    labels and without training. The certificate is of the cut, before the weights are fitted.
+
+    Args, beyond those of `trace`, `plan` and `apply`: reconstruct: Whether weights are fitted; by default when there
+        are data.
     """
+    if reconstruct is None:
+        reconstruct = data is not None
+    if reconstruct and data is None:
+        raise OptionError("reconstruct: calibration data are needed")
+    if data is not None:
+        data = repeatable(data)
+    planned_on = data if data is not None and (criterion is None or criteria.find(criterion).data) else None
     graph = model if isinstance(model, Graph) else trace(model, inputs)
     protected = [protect] if isinstance(protect, str) else list(protect)
     blamed: list[str] = []
     while True:
-        made = plan(
-            graph, budget, criterion, allocator, data, round_to, [*protected, *map(_literal, blamed)], only, kinds, seed
-        )
+        kept_whole = [*protected, *map(_literal, blamed)]
+        made = plan(graph, budget, criterion, allocator, planned_on, round_to, kept_whole, only, kinds, seed)
         try:
             pruned = apply(graph, made, certify)
         except CertificateError:
@@ -184,7 +203,8 @@ def prune(
             blamed += found
             continue
         notes = [f"group {name} is kept whole: cutting it fails the certificate" for name in blamed]
-        return replace(pruned, notes=(*notes, *pruned.notes))
+        pruned = replace(pruned, notes=(*notes, *pruned.notes))
+        return fit_weights(pruned, data, seed=seed) if reconstruct else pruned
 
 
 def load(directory: str | Path, into: nn.Module | None = None) -> nn.Module:

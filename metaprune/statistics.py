@@ -7,7 +7,7 @@ the gate, and half of it the loss to second order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaprune.calibration import samples_of, tensors_in
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.ir import Graph
-from metaprune.graphs.structure import take_apart
 
 SAMPLES = 256
 TEMPERATURE = 4.0
@@ -57,8 +57,8 @@ def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> S
 
     Args:
         graph: The network.
-        data: Batches of inputs, or of (inputs, labels); no label is looked at. Where the network gives one row of
-            logits per sample, labels are drawn from its own predictions at temperature 4, as distillation softens
+        data: Batches of inputs, or of (inputs, labels), or `"noise"`; no label is looked at. Where the network gives
+            one row of logits per sample, labels are drawn from its own predictions at temperature 4, as distillation softens
             them: a network that is sure of itself has no gradient by its true labels. Any other output is taken for
             the mean of a Gaussian of variance 1.
         samples: At most this many samples.
@@ -74,8 +74,7 @@ def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> S
     ones = {g.name: torch.ones(g.size, dtype=reference.dtype, device=reference.device) for g in free}
     totals = {name: torch.zeros(3, len(one), dtype=torch.float64) for name, one in ones.items()}
     count = 0
-    positional, named = graph.signature.spec
-    for inputs in islice(_samples(data, len(positional) + len(named)), samples):
+    for inputs in islice(samples_of(graph, data, seed), samples):
         gates = {name: one.clone().requires_grad_() for name, one in ones.items()}
         outputs = _outputs(graph.run(None, inputs, gates))
         if not all(bool(torch.isfinite(output).all()) for output in outputs):
@@ -95,36 +94,8 @@ def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> S
     return Statistics({name: Moments(*(total / count)) for name, total in totals.items()}, count)
 
 
-def _samples(data: Any, arguments: int) -> Iterator[Any]:
-    """Single samples (inputs of batch one) of batches for a network of so many arguments."""
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise OptionError(f"data: batches are needed (a loader or a list), not {type(data).__name__}")
-    for batch in data:
-        labelled = isinstance(batch, (tuple, list)) and len(batch) == 2
-        inputs = batch[0] if labelled and (arguments == 1 or not isinstance(batch[0], Tensor)) else batch
-        leaves = _leaves(inputs)
-        if not leaves:
-            raise OptionError("data: a batch holds no tensor")
-        for i in range(len(leaves[0])):
-            yield _mapped(inputs, i, len(leaves[0]))
-
-
-def _mapped(inputs: Any, i: int, size: int) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[i : i + 1] if inputs.ndim and len(inputs) == size else inputs
-    if isinstance(inputs, Mapping):
-        return {key: _mapped(value, i, size) for key, value in inputs.items()}
-    return tuple(_mapped(value, i, size) for value in inputs) if isinstance(inputs, (tuple, list)) else inputs
-
-
-def _leaves(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    take_apart(value, found.append, lambda _, other: None)
-    return found
-
-
 def _outputs(output: Any) -> list[Tensor]:
-    found = [t for t in _leaves(output) if t.is_floating_point()]
+    found = [t for t in tensors_in(output) if t.is_floating_point()]
     if not found:
         raise OptionError("data: the network gives no floating-point output to take gradients of")
     return found

@@ -1,0 +1,122 @@
+"""Calibration data: samples, batches for the input nodes of a graph, and noise where there are no data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaprune.graphs.errors import OptionError
+from metaprune.graphs.execute import input_leaves
+from metaprune.graphs.ir import Graph, Meta
+from metaprune.graphs.structure import put_together, take_apart
+
+NOISE = "noise"
+
+
+def samples_of(graph: Graph, data: Any, seed: int = 0) -> Iterator[Any]:
+    """Single samples, inputs of batch one, without end for noise.
+
+    Args:
+        graph: The network they are for.
+        data: Batches of inputs or of (inputs, labels); `"noise"` for standard normal inputs of the traced shapes.
+        seed: Of the noise.
+
+    Raises:
+        OptionError: The data are of another kind, a batch holds no tensor, or noise is asked for integer inputs.
+    """
+    if isinstance(data, str) and data == NOISE:
+        yield from _noise(graph, seed)
+        return
+    if isinstance(data, (Tensor, str)) or not isinstance(data, Iterable):
+        raise OptionError(f"data: batches are needed (a loader or a list) or 'noise', not {type(data).__name__}")
+    positional, named = graph.signature.spec
+    arguments = len(positional) + len(named)
+    for batch in data:
+        labelled = isinstance(batch, (tuple, list)) and len(batch) == 2
+        inputs = batch[0] if labelled and (arguments == 1 or not isinstance(batch[0], Tensor)) else batch
+        leaves = tensors_in(inputs)
+        if not leaves:
+            raise OptionError("data: a batch holds no tensor")
+        for i in range(len(leaves[0])):
+            yield _sample(inputs, i, len(leaves[0]))
+
+
+def repeatable(data: Any) -> Any:
+    """Data that can be gone through twice: an iterator's batches in a list, all else as it is."""
+    return list(data) if isinstance(data, Iterator) else data
+
+
+def batches_of(graph: Graph, data: Any, size: int, samples: int, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Batches of at most `size` samples, as values of the graph's input nodes on the graph's device.
+
+    Raises:
+        OptionError: See `samples_of`; or there are no samples, or they do not fit the network.
+    """
+    device = next((value.device for value in graph.values.values()), torch.device("cpu"))
+    leaves = [input_leaves(graph, sample) for sample in islice(samples_of(graph, data, seed), samples)]
+    if not leaves:
+        raise OptionError("data: there are no samples")
+    found = []
+    for first in range(0, len(leaves), size):
+        part = leaves[first : first + size]
+        found.append({name: _joined(graph, name, [leaf[name] for leaf in part]).to(device) for name in part[0]})
+    return found
+
+
+def batch_size(graph: Graph) -> int:
+    """Batch that a network insists on; 0 when any will do."""
+    metas = [node.meta for node in graph.nodes.values() if node.op == "input" and isinstance(node.meta, Meta)]
+    if any(any(meta.batched) for meta in metas):
+        return 0
+    return max((meta.shape[0] for meta in metas if meta.shape), default=1)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors of a nested value, in order."""
+    found: list[Tensor] = []
+    take_apart(value, found.append, lambda _, other: None)
+    return found
+
+
+def _joined(graph: Graph, name: str, values: list[Tensor]) -> Tensor:
+    meta = graph.nodes[name].meta
+    rows = values[0].ndim > 0 and (not isinstance(meta, Meta) or not meta.batched or meta.batched[0])
+    if not rows or (len(values) > 1 and values[0].shape[1:] != values[-1].shape[1:]):
+        if len(values) > 1 and rows:
+            raise OptionError("data: the samples are of different shapes")
+        return values[0]
+    return torch.cat(values)
+
+
+def _sample(inputs: Any, i: int, size: int) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs[i : i + 1] if inputs.ndim and len(inputs) == size else inputs
+    if isinstance(inputs, Mapping):
+        return {key: _sample(value, i, size) for key, value in inputs.items()}
+    return tuple(_sample(value, i, size) for value in inputs) if isinstance(inputs, (tuple, list)) else inputs
+
+
+def _noise(graph: Graph, seed: int) -> Iterator[Any]:
+    """Standard normal inputs, one sample at a time, in the structure of the traced call."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in graph.example.items():
+        if not value.is_floating_point():
+            raise OptionError(f"data: noise can not stand for input {name} of type {value.dtype}")
+
+    def draw(name: str) -> Tensor:
+        example, meta = graph.example[name], graph.nodes[name].meta
+        batched = isinstance(meta, Meta) and meta.batched and meta.batched[0]
+        shape = (1, *example.shape[1:]) if batched else tuple(example.shape)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(example.device, example.dtype)
+
+    positional, named = graph.signature.spec
+    while True:
+        if named:
+            names = dict(zip(graph.signature.names, positional, strict=False)) | dict(named)
+            yield {key: put_together(value, lambda ref: draw(ref.name)) for key, value in names.items()}
+        else:
+            yield tuple(put_together(value, lambda ref: draw(ref.name)) for value in positional)
