@@ -1,4 +1,4 @@
-"""Batches: what a loader is, a small in-memory one, augmentations, and the digits that come with scikit-learn."""
+"""Batches: what a loader is, a small in-memory one, and augmentations."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaprune.graphs.errors import MetapruneError, OptionError
+from metaprune.graphs.errors import OptionError
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | dict[str, Any]
 Augment: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
@@ -101,36 +101,16 @@ def flip(probability: float = 0.5) -> Augment:
     return augment
 
 
-def digits(seed: int = 0, size: int = 64, test_fraction: float = 0.25) -> tuple[Batches, Batches]:
-    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels, ten classes.
+def compose(*augments: Augment) -> Augment:
+    """Augmentation that applies others one after the other.
 
-    Args:
-        seed: Of the split, the order and the augmentation (shifts by one pixel, training half only).
-        size: Examples per training batch.
-        test_fraction: Share of the examples held out.
-
-    Returns:
-        The training batches and the held-out ones; images are (n, 1, 8, 8) float32 with mean 0 and variance 1
-        over the training half.
-
-    Raises:
-        MetapruneError: scikit-learn is not installed.
+    Shapes:
+        images: what each of them takes and returns.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise MetapruneError("digits: scikit-learn is missing; pip install 'metaprune[demo]'") from error
-    if not 0 < test_fraction < 1:
-        raise OptionError(f"test_fraction: a share between 0 and 1, not {test_fraction}")
-    raw = load_digits()
-    images = torch.from_numpy(raw.images).float().unsqueeze(1)  # (1797, 1, 8, 8)
-    labels = torch.from_numpy(raw.target).long()
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(images), generator=generator)
-    held_out = round(test_fraction * len(images))
-    test, train = order[:held_out], order[held_out:]
-    images = (images - images[train].mean()) / images[train].std()
-    return (
-        Batches(images[train], labels[train], size, shuffle=True, augment=shift(1), generator=generator),
-        Batches(images[test], labels[test], size=held_out),
-    )
+
+    def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+        for step in augments:
+            images = step(images, generator)
+        return images
+
+    return augment

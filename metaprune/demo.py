@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import metaprune as mp
-from metaprune.data import digits
+from metaprune.datasets import digits
 from metaprune.evaluation import latency, onnx_runner, predict, single_thread
 from metaprune.graphs.cost import Cost
 from metaprune.graphs.errors import MetapruneError

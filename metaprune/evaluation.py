@@ -5,6 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from metaprune.data import Inputs, Loader
 from metaprune.graphs.errors import MetapruneError, OptionError
+from metaprune.losses import check_shapes
 
 T = TypeVar("T")
-Metric = Callable[[Tensor, Tensor], Tensor]
+Metric = Callable[[Tensor, Tensor], Tensor | float]
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -24,7 +26,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     Shapes:
         logits: (batch, classes, ...).
         labels: (batch, ...).
+
+    Raises:
+        OptionError: The shapes do not fit.
     """
+    check_shapes(logits, labels)
     return (logits.argmax(dim=1) == labels).double().mean()
 
 
@@ -41,19 +47,23 @@ def evaluate(model: nn.Module, loader: Loader, metric: str | Metric = "accuracy"
 
     Raises:
         OptionError: Unknown metric, or a loader without examples.
-        MetapruneError: The metric is not finite.
+        MetapruneError: A logit is NaN, or the metric of a batch is not one finite number.
     """
     measure = named(metric, METRICS, "metric")
+    name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
     total, examples = 0.0, 0
     with evaluating(model), torch.no_grad():
-        for inputs, labels in loader:
-            value = measure(predict(model, inputs), labels.to(device_of(model))).item()
+        for number, (inputs, labels) in enumerate(loader, start=1):
+            logits = predict(model, inputs)
+            if logits.isnan().any():  # the largest of them would count as a decision
+                raise MetapruneError(f"a logit of the network is NaN in batch {number} of the held-out data")
+            value = _scalar(measure(logits, labels.to(device_of(model))), name)
+            if not math.isfinite(value):
+                raise MetapruneError(f"metric {name} is {value} in batch {number} of the held-out data")
             total += value * len(labels)
             examples += len(labels)
     if examples == 0:
         raise OptionError("loader: no examples to evaluate on")
-    if not math.isfinite(total):
-        raise MetapruneError(f"metric {metric!r} is {total / examples} on the held-out data")
     return total / examples
 
 
@@ -167,6 +177,17 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
     return value
+
+
+def _scalar(value: object, metric: str) -> float:
+    match value:
+        case Tensor() if value.numel() == 1:
+            return float(value)
+        case Tensor():
+            raise MetapruneError(f"metric {metric} returns a tensor of shape {tuple(value.shape)}, not one number")
+        case Real():
+            return float(value)
+    raise MetapruneError(f"metric {metric} returns {type(value).__name__}, not one number")
 
 
 def _seconds(run: Callable[[], object]) -> float:

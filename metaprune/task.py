@@ -21,7 +21,8 @@ class Task:
         train: Batches of (inputs, labels) to learn from; gone through once per epoch.
         val: Batches of (inputs, labels) to judge by; never trained on.
         loss: `"cross_entropy"`, or a function of (logits, labels) that returns a scalar.
-        metric: `"accuracy"`, or a function of (logits, labels) that returns the mean over a batch, more is better.
+        metric: `"accuracy"`, or a function of (logits, labels) that returns the mean over a batch, one
+            number; more is better.
 
     Raises:
         OptionError: An attribute is not what it has to be; the message names it.

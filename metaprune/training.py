@@ -45,6 +45,9 @@ class Settings:
         warmup: Share of the steps over which the learning rate rises linearly; it then falls to 0 as a cosine.
         precision: Of the forward pass; "auto" is bfloat16 for float32 models on hardware that computes in it.
         channels_last: Lay images out channels last, which is faster; a network that calls `view` may refuse them so.
+        ema: Decay of an exponential moving average of the weights, which the model holds at the end; 0 for none. After
+            step t = 0, 1, ... the average moves by `1 - min(ema, (1 + t) / (10 + t))` of the way to the weights, so
+            that the first steps do not linger in it.
     """
 
     epochs: int = 10
@@ -54,6 +57,7 @@ class Settings:
     warmup: float = 0.1
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     channels_last: bool = False
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
@@ -66,6 +70,8 @@ class Settings:
             raise OptionError(f"warmup: a share between 0 and 1, not {self.warmup}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise OptionError(f"precision: {self.precision!r} is unknown, choose from auto, bfloat16, float32")
+        if not 0 <= self.ema < 1:
+            raise OptionError(f"ema: a decay from 0 to below 1, not {self.ema}")
 
     def rate(self, progress: float) -> float:
         """Learning rate after a share `progress` of all steps.
@@ -95,7 +101,8 @@ def train(
     on one thread give equal weights to the bit.
 
     Args:
-        model: Network from inputs to logits; it is put back into its own train or eval modes at the end.
+        model: Network from inputs to logits; it is put back into its own train or eval modes at the end. With
+            `settings.ema` it then holds the averages of its parameters and floating-point buffers.
         loader: Batches of (inputs, labels).
         objective: Function of (logits, inputs, labels) that returns a scalar loss.
         settings: Hyper-parameters.
@@ -109,7 +116,8 @@ def train(
 
     Raises:
         TrainingError: A loss, gradient or weight is not finite; the model is as it was before that epoch.
-        OptionError: The checkpoint belongs to another run.
+        OptionError: The checkpoint belongs to another run, the loader yields nothing, or the objective refuses a batch;
+            the model is as it was before that epoch.
         LoadError: The checkpoint is damaged.
     """
     run = _Run(model, _optimizer(model, settings), loader, objective, settings, seed)
@@ -121,12 +129,41 @@ def train(
             model.train()
             try:
                 losses.append(run.epoch(epoch, progress))
-            except TrainingError:
+            except MetapruneError:
                 run.put_back(before)
                 raise
             if path is not None:
                 run.save(path, losses)
+        run.average.store()
     return losses
+
+
+class _Average:
+    """Exponential moving average of a model's parameters and floating-point buffers.
+
+    Buffers are averaged with the weights they belong to, as the running statistics of a batch normalisation do;
+    counters keep their last value. A buffer that never changes stays as it is to the bit. Averages of low-precision
+    weights are float32, in which small moves are not lost.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {name: t.detach() for name, t in _tensors(model).items() if decay and t.is_floating_point()}
+        self.values = {
+            name: tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+            for name, tensor in self.tensors.items()
+        }
+
+    def update(self, step: int) -> None:
+        """Moves the averages towards the weights after step 0, 1, ..."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in self.values.items():
+            value.lerp_(self.tensors[name].to(value.dtype), 1 - decay)
+
+    def store(self) -> None:
+        """Writes the averages into the model."""
+        for name, value in self.values.items():
+            self.tensors[name].copy_(value)
 
 
 @dataclasses.dataclass
@@ -145,6 +182,7 @@ class _Run:
         if len(self.loader) == 0:
             raise OptionError("train: no batches")
         self.low_precision = _low_precision(self.model, self.settings)
+        self.average = _Average(self.model, self.settings.ema)
 
     def epoch(self, epoch: int, progress: Progress | None) -> float:
         """One pass over the data; the mean loss over its examples."""
@@ -164,10 +202,15 @@ class _Run:
             loss.backward()  # type: ignore[no-untyped-call]
             self._check_gradients(where)
             self.optimizer.step()
+            self.average.update(done)
             total += loss.detach() * len(labels)
             examples += len(labels)
             if progress is not None:
                 progress(done + 1, steps * self.settings.epochs)
+        if examples == 0:
+            raise OptionError(
+                f"train: no examples in epoch {epoch + 1}, though the loader has {steps} batches by its length"
+            )
         bad = self._bad_tensor()
         if bad:
             raise TrainingError(f"{bad} is not finite after epoch {epoch + 1}")
@@ -193,8 +236,9 @@ class _Run:
         return next((name for name, tensor in _tensors(self.model).items() if not tensor.isfinite().all()), "")
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of all that a later epoch depends on: weights, buffers, momenta, random states."""
+        """Copies of all that a later epoch depends on: weights, buffers, averages, momenta, random states."""
         found = {f"model.{name}": tensor for name, tensor in _tensors(self.model).items()}
+        found |= {f"average.{name}": value for name, value in self.average.values.items()}
         for name, parameter in self.model.named_parameters():
             momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
             if momentum is not None:
@@ -212,6 +256,8 @@ class _Run:
         with torch.no_grad():
             for name, tensor in _tensors(self.model).items():
                 tensor.copy_(state[f"model.{name}"])
+        for name, value in self.average.values.items():
+            value.copy_(state[f"average.{name}"])
         self.optimizer.state.clear()
         for name, parameter in self.model.named_parameters():
             if f"momentum.{name}" in state:

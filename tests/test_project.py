@@ -26,6 +26,7 @@ LAYERS = (
     (
         "metaprune.task",
         "metaprune.data",
+        "metaprune.datasets",
         "metaprune.losses",
         "metaprune.training",
         "metaprune.evaluation",
@@ -54,7 +55,7 @@ EAGER = {
 }
 LAZY = {
     "networkx": ANYWHERE,
-    "sklearn": ("metaprune.data",),
+    "sklearn": ("metaprune.datasets",),
     "onnx": ("metaprune.graphs.*onnx*",),
     "onnx_ir": ("metaprune.graphs.*onnx*",),
     "onnxscript": ("metaprune.graphs.*onnx*",),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import metaprune as mp
-from metaprune.data import digits
+from metaprune.datasets import digits
 from metaprune.demo import ResNet
 from metaprune.evaluation import evaluate
 from metaprune.losses import cross_entropy

@@ -4,12 +4,14 @@ import math
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaprune.data import Batches, digits
+from metaprune.data import Batches
+from metaprune.datasets import digits
 from metaprune.evaluation import accuracy, evaluate, latency, predict
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.task import Task
@@ -63,12 +65,61 @@ def test_evaluate_uses_eval_mode_and_puts_every_mode_back() -> None:
     assert_same_bits(before, bits(model))
 
 
-def test_evaluate_names_an_unknown_metric_and_a_metric_that_is_not_finite() -> None:
+def test_evaluate_names_an_unknown_metric() -> None:
     _, held_out = digits()
     with pytest.raises(OptionError, match="metric: 'f1' is unknown, choose from accuracy"):
         evaluate(network(), held_out, "f1")
-    with pytest.raises(MetapruneError, match="nan"):
-        evaluate(network(), held_out, lambda logits, labels: logits.mean() * math.nan)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.tensor(math.nan), "metric measure is nan in batch 1 of the held-out data"),
+        (-math.inf, "metric measure is -inf in batch 1 of the held-out data"),
+        (torch.zeros(449), r"metric measure returns a tensor of shape \(449,\), not one number"),
+        ((0.5, 0.6), "metric measure returns tuple, not one number"),
+        (None, "metric measure returns NoneType, not one number"),
+    ],
+)
+def test_a_metric_that_is_not_one_finite_number_is_named(value: object, message: str) -> None:
+    def measure(logits: Tensor, labels: Tensor) -> object:
+        return value
+
+    _, held_out = digits()
+    with pytest.raises(MetapruneError, match=message):
+        evaluate(network(), held_out, measure)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.25), torch.tensor([0.25]), 0.25, np.float32(0.25), np.float64(0.25)])
+def test_a_metric_may_return_a_tensor_or_a_number(value: object) -> None:
+    _, held_out = digits()
+    assert evaluate(network(), held_out, lambda logits, labels: value) == 0.25  # type: ignore[arg-type, return-value]
+
+
+def test_logits_that_are_nan_get_no_score() -> None:
+    _, held_out = digits()
+    model = network()
+    with torch.no_grad():
+        model[8].bias[3] = math.nan  # argmax would answer 3 for every example
+    with pytest.raises(MetapruneError, match="a logit of the network is NaN in batch 1"):
+        evaluate(model, held_out)
+
+
+def test_labels_in_a_column_are_not_broadcast() -> None:
+    with pytest.raises(OptionError, match=r"labels: shape \(3, 1\) does not fit logits of shape \(3, 3\)"):
+        accuracy(torch.eye(3), torch.tensor([[0], [1], [0]]))
+
+
+def test_a_loader_that_yields_nothing_is_named() -> None:
+    class Spent:
+        def __len__(self) -> int:
+            return 4
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter(())
+
+    with pytest.raises(OptionError, match="loader: no examples to evaluate on"):
+        evaluate(network(), Spent())
 
 
 def test_predict_takes_tuples_dicts_and_mappings_with_logits() -> None:

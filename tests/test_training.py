@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaprune.data import Batches, digits, shift
+from metaprune.data import Batches, shift
+from metaprune.datasets import digits
 from metaprune.evaluation import evaluate
 from metaprune.graphs.errors import LoadError, OptionError
 from metaprune.losses import cross_entropy
@@ -310,6 +311,8 @@ def test_tied_weights_survive_a_checkpoint(tmp_path: Path) -> None:
         ({"momentum": 1.0}, "momentum"),
         ({"warmup": 2.0}, "warmup"),
         ({"precision": "float8"}, "precision"),
+        ({"ema": 1.0}, "ema"),
+        ({"ema": -0.1}, "ema"),
     ],
 )
 def test_settings_name_the_option_at_fault(settings: dict[str, float], option: str) -> None:
@@ -322,3 +325,31 @@ def test_nothing_to_train_is_an_error() -> None:
         train(nn.Linear(64, 10).requires_grad_(False), some(64), classify, Settings())
     with pytest.raises(OptionError, match="train: no batches"):
         train(network(), [], classify, Settings())
+
+
+def test_a_loader_that_yields_nothing_is_named_and_changes_nothing() -> None:
+    class Spent:
+        passes = 0
+
+        def __len__(self) -> int:
+            return 2
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            self.passes += 1
+            return iter(some(64)) if self.passes == 1 else iter(())
+
+    once, model = network(), network()
+    train(once, Spent(), classify, Settings(epochs=1, warmup=0, lr=1e-9))
+    with pytest.raises(OptionError, match="train: no examples in epoch 2, though the loader has 2 batches"):
+        train(model, Spent(), classify, Settings(epochs=2, warmup=0, lr=1e-9))
+    assert (model[1].running_mean - once[1].running_mean).abs().max() == 0
+
+
+def test_a_bad_label_is_named_and_leaves_the_model_as_it_was() -> None:
+    batches = some(96)
+    batches.labels[-1] = 10
+    model = network()
+    before = bits(model)
+    with pytest.raises(OptionError, match="labels: 10 is not one of the 10 classes, 0 to 9"):
+        train(model, batches, classify, Settings(epochs=1, warmup=0))
+    assert_same_bits(before, bits(model))
