@@ -41,6 +41,7 @@ _ROWS = 16384
 _CHUNK = 32
 _FOLDS = 5
 _SAME = 1e-5
+_TINY = 1e-6
 
 
 def reconstruct(pruned: Pruned, data: Any, samples: int = SAMPLES, memory: int = MEMORY, seed: int = 0) -> Pruned:
@@ -125,13 +126,13 @@ class _Fit:
             self._cut.release(response.other)
 
     def _differs(self, name: str) -> bool:
-        """Whether the pruned network's value differs from what stays of the dense one, on the first batch."""
+        """Whether the pruned network's value differs from the dense one's, on the first batch; or lacks a part."""
         if name not in self._dense.first:
             self._dense.get(name)
-        mine, theirs = self._cut.first[name], self._survivors.part(name, self._dense.first[name])
+        mine, theirs = self._cut.first[name], self._dense.first[name]
         if mine.shape != theirs.shape:
             return True
-        return bool((mine - theirs).abs().max() > _SAME * theirs.abs().max())
+        return not bool((mine - theirs).abs().max() <= _SAME * theirs.abs().max())
 
     def _moments(self, response: Response, inputs: Sequence[Tensor]) -> tuple[Moments, Moments] | None:
         """Second moments of the layer's columns and what is wished of it, for the fit and held out of it."""
@@ -179,31 +180,32 @@ class _Fit:
         self.fitted += 1
 
     def _write_norm(self, response: Response, prior: Tensor, train: Moments, held_out: Moments) -> None:
-        """Weights in units of the norm's output; the norm then maps their mean and variance back to themselves."""
+        """Weights on their old scale; the norm takes the statistics of their outputs and maps those as it did before."""
         layer, node = response.layer, self._graph.nodes[response.norm]
         bound = operators.bind(node.op, node.args, dict(node.kwargs))
         mean, variance, gain, shift = (
             self._graph.nodes[bound[key].name].args[0] if isinstance(bound[key], Ref) else ""
             for key in ("running_mean", "running_var", "weight", "bias")
         )
+        if bool(gain) != bool(shift):
+            return
         deviation = (self.values[variance].double() + bound["eps"]).sqrt()
         scale = self.values[gain].double() / deviation if gain else 1 / deviation
-        matrix, bias = fitted(train, held_out, prior * scale.reshape(layer.groups, 1, -1), intercept=True)
-        offset = self.values[layer.bias].double() if layer.bias else torch.zeros_like(deviation)
-        moments = train + held_out
-        if gain and shift:
-            gram, _ = moments.centred()
+        scale = torch.where(scale.abs() > _TINY, scale, torch.ones_like(scale))
+        by_group = scale.reshape(layer.groups, 1, -1)
+        matrix, bias = fitted(train, held_out, prior * by_group, intercept=True)
+        matrix, bias = matrix / by_group, bias.flatten()
+        offset = self.values[layer.bias].double() if layer.bias else torch.zeros_like(scale)
+        if gain:
+            moments = train + held_out
             centre = ((moments.gram[:, -1:, :-1] @ matrix)[:, 0] / moments.rows).flatten()
-            spread = (matrix * (gram @ matrix)).sum(1).flatten() / moments.rows
+            spread = (matrix * (moments.centred()[0] @ matrix)).sum(1).flatten() / moments.rows
             self._put(variance, spread.clamp_min(0))
             self._put(mean, centre + offset)
-            self._put(gain, (self.values[variance].double() + bound["eps"]).sqrt())
-            self._put(shift, centre + bias.flatten())
-        elif not gain and not shift:
-            matrix = matrix * deviation.reshape(layer.groups, 1, -1)
-            self._put(mean, offset - bias.flatten() * deviation)
+            self._put(gain, scale * (self.values[variance].double() + bound["eps"]).sqrt())
+            self._put(shift, centre * scale + bias)
         else:
-            return
+            self._put(mean, offset - bias / scale)
         self._put(layer.weight, layer.tensor(matrix))
         self.fitted += 1
 

@@ -58,9 +58,9 @@ def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> S
     Args:
         graph: The network.
         data: Batches of inputs, or of (inputs, labels), or `"noise"`; no label is looked at. Where the network gives
-            one row of logits per sample, labels are drawn from its own predictions at temperature 4, as distillation softens
-            them: a network that is sure of itself has no gradient by its true labels. Any other output is taken for
-            the mean of a Gaussian of variance 1.
+            one row of logits per sample, labels are drawn from its own predictions at temperature 4, as distillation
+            softens them: a network that is sure of itself has no gradient by its true labels. Any other output is
+            taken for the mean of a Gaussian of variance 1.
         samples: At most this many samples.
         seed: Of the labels that are drawn.
 
