@@ -180,7 +180,7 @@ class _Fit:
         self.fitted += 1
 
     def _write_norm(self, response: Response, prior: Tensor, train: Moments, held_out: Moments) -> None:
-        """Weights on their old scale; the norm takes the statistics of their outputs and maps those as it did before."""
+        """Weights on their old scale; the norm takes the statistics of their outputs and maps those as before."""
         layer, node = response.layer, self._graph.nodes[response.norm]
         bound = operators.bind(node.op, node.args, dict(node.kwargs))
         mean, variance, gain, shift = (
