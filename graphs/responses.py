@@ -7,7 +7,7 @@ other half leaves over.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import networkx as nx
@@ -98,6 +98,12 @@ def responses(graph: Graph, layers: Mapping[str, Linear]) -> dict[str, Response]
         else:
             order.add_edge(response.other, name)
     return found
+
+
+def norms_behind(graph: Graph, layers: Iterable[Linear]) -> dict[str, str]:
+    """The batch normalisation right behind each layer, empty when there is none, by node."""
+    outputs = frozenset(structure.refs(graph.signature.output))
+    return {layer.node: _follow(graph, layer, outputs).norm for layer in layers}
 
 
 def _follow(graph: Graph, layer: Linear, outputs: frozenset[str]) -> Response:

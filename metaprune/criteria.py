@@ -12,8 +12,10 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from metaprune.curvature import Columns
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.groups import Group, Slice
+from metaprune.removal import activation_energy, removal_error
 from metaprune.statistics import Moments, Statistics
 
 
@@ -170,12 +172,44 @@ def fisher(group: Group, evidence: Evidence) -> Tensor:
     return 0.5 * evidence.moments(group).square
 
 
+def wanda(group: Group, evidence: Evidence) -> Tensor:
+    """Squared weights times the mean squares of the activations they meet, in the layers that read the unit.
+
+    Sun et al., Wanda (ICLR 2024), eq. 1, squared and summed over each unit, over the group's mean. Where no linear
+    layer reads the units, as those of queries and keys, `magnitude`.
+    """
+    return _of_readers(group, evidence, activation_energy)
+
+
+def obspa(group: Group, evidence: Evidence) -> Tensor:
+    """Error of the layers that read the unit when it goes and the others make up for it, over their output's energy.
+
+    OBSPA of Structurally Prune Anything (arXiv 2403.18955), by the optimal brain surgeon's closed form (see
+    `metaprune.removal.removal_error`), summed over the layers, over the group's mean. Where no linear layer reads the
+    units, `magnitude`, which has the same mean. `metaprune.obs_update.obs_update` carries out what it assumes.
+    """
+    return _of_readers(group, evidence, removal_error)
+
+
+def _of_readers(group: Group, evidence: Evidence, loss: Callable[[Columns, Tensor, Slice], Tensor | None]) -> Tensor:
+    """Sum of what the layers that read the units lose with each, over the mean; `magnitude` without such layers."""
+    assert evidence.statistics is not None
+    total: Tensor | None = None
+    for part in evidence.weights.of(group):
+        columns = evidence.statistics.columns.get(part.tensor)
+        found = None if columns is None else loss(columns, evidence.weights.values[part.tensor].detach(), part)
+        if found is not None:
+            total = found.cpu() if total is None else total + found.cpu()
+    return magnitude(group, evidence) if total is None else _over_mean(total)
+
+
 @dataclass(frozen=True)
 class Row:
-    """A criterion and whether it needs calibration data."""
+    """A criterion, whether it needs calibration data, and whether second moments of columns are all it needs."""
 
     function: Criterion
     data: bool = False
+    columns: bool = False
 
 
 CRITERIA: dict[str, Row] = {
@@ -189,6 +223,8 @@ CRITERIA: dict[str, Row] = {
     "random": Row(random),
     "taylor": Row(taylor, data=True),
     "fisher": Row(fisher, data=True),
+    "wanda": Row(wanda, data=True, columns=True),
+    "obspa": Row(obspa, data=True, columns=True),
 }
 
 

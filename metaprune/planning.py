@@ -16,7 +16,7 @@ from metaprune.graphs.plan import Plan
 from metaprune.search.allocate import find as find_allocator
 from metaprune.search.budget import COSTS, Budget
 from metaprune.search.problem import Problem, check_feasible
-from metaprune.statistics import collect
+from metaprune.statistics import collect, collect_second_moments
 
 _COUNTED_IN_STEPS = ("channels", "residual", "ffn", "hidden", "other")
 
@@ -67,7 +67,8 @@ def make_plan(
     ]
     graph.check_finite()
     weights = criteria.Weights({n: graph.values[n] for n, info in graph.tensors.items() if info.kind == "parameter"})
-    statistics = collect(graph, data, seed=seed) if row.data else None
+    collector = collect_second_moments if row.columns else collect
+    statistics = collector(graph, data, seed=seed) if row.data else None
     evidence = criteria.Evidence(weights, statistics, seed)
     scores = [row.function(groups[i], evidence).double().numpy() for i in free]
     step = [round_to if groups[i].kind in _COUNTED_IN_STEPS and groups[i].size >= round_to else 1 for i in free]

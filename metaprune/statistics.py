@@ -8,7 +8,7 @@ the gate, and half of it the loss to second order.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaprune.calibration import samples_of, tensors_in
+from metaprune.curvature import Columns, collect_columns
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.ir import Graph
 
@@ -46,10 +47,12 @@ class Statistics:
     Attributes:
         gates: Moments of the gate gradients by group.
         samples: Number of samples they are means over.
+        columns: Second moments of what linear layers read, by weight; empty unless asked for.
     """
 
     gates: Mapping[str, Moments]
     samples: int
+    columns: Mapping[str, Columns] = field(default_factory=dict)
 
 
 def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> Statistics:
@@ -92,6 +95,17 @@ def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> S
         if not bool(torch.isfinite(total).all()):
             raise MetapruneError(f"data: the gradients of group {name} are not finite")
     return Statistics({name: Moments(*(total / count)) for name, total in totals.items()}, count)
+
+
+def collect_second_moments(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> Statistics:
+    """One forward pass per sample for criteria that look at second moments alone; no gradient is taken.
+
+    Only layers that read units of a prunable group are looked at. Arguments and errors are those of
+    `metaprune.curvature.collect_columns`.
+    """
+    weights = {part.tensor for group in graph.groups if not group.pinned for part in group.slices}
+    columns = collect_columns(graph, data, samples, seed, weights)
+    return Statistics({}, next((found.samples for found in columns.values()), 0), columns)
 
 
 def _outputs(output: Any) -> list[Tensor]:
