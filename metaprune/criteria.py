@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.groups import Group, Slice
+from metaprune.mfac import marginal_losses
 from metaprune.statistics import Moments, Statistics
 
 
@@ -81,6 +82,11 @@ class Evidence:
         """Moments of the group's gate gradients."""
         assert self.statistics is not None
         return self.statistics.gates[group.name]
+
+    def rows(self, group: Group) -> Tensor:
+        """The group's gate gradients sample by sample, shape [samples, size]."""
+        assert self.statistics is not None
+        return self.statistics.rows[group.name]
 
 
 Criterion = Callable[[Group, Evidence], Tensor]
@@ -170,12 +176,30 @@ def fisher(group: Group, evidence: Evidence) -> Tensor:
     return 0.5 * evidence.moments(group).square
 
 
+def fisher_block(group: Group, evidence: Evidence) -> Tensor:
+    """What each unit adds to the loss to second order when it leaves after those that harm less; others adjust.
+
+    The whole Fisher matrix of the group's gates counts and not only its diagonal, so units that stand in for one
+    another do not all go: M-FAC, Frantar et al. (NeurIPS 2021), eqs. 1-5; see `metaprune.mfac`.
+    """
+    return marginal_losses(evidence.rows(group))
+
+
 @dataclass(frozen=True)
 class Row:
-    """A criterion and whether it needs calibration data."""
+    """A criterion and what it asks for and gives.
+
+    Attributes:
+        function: The criterion.
+        data: Whether it needs calibration data.
+        per_sample: Whether it needs the gate gradients of every sample.
+        additive: Whether its scores estimate losses that add up, over units and over groups.
+    """
 
     function: Criterion
     data: bool = False
+    per_sample: bool = False
+    additive: bool = False
 
 
 CRITERIA: dict[str, Row] = {
@@ -188,7 +212,8 @@ CRITERIA: dict[str, Row] = {
     "fpgm": Row(fpgm),
     "random": Row(random),
     "taylor": Row(taylor, data=True),
-    "fisher": Row(fisher, data=True),
+    "fisher": Row(fisher, data=True, additive=True),
+    "fisher_block": Row(fisher_block, data=True, per_sample=True, additive=True),
 }
 
 

@@ -29,6 +29,8 @@ LAYERS = (
         "metaprune.losses",
         "metaprune.training",
         "metaprune.evaluation",
+        "metaprune.initialise",
+        "metaprune.mfac",
         "metaprune.criteria*",
         "metaprune.statistics*",
         "metaprune.recovery*",
@@ -55,6 +57,7 @@ EAGER = {
 LAZY = {
     "networkx": ANYWHERE,
     "sklearn": ("metaprune.data",),
+    "scipy": ("metaprune.probes.fidelity",),
     "onnx": ("metaprune.graphs.*onnx*",),
     "onnx_ir": ("metaprune.graphs.*onnx*",),
     "onnxscript": ("metaprune.graphs.*onnx*",),
