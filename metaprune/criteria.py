@@ -15,6 +15,7 @@ from torch import Tensor
 from metaprune.curvature import Columns
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.groups import Group, Slice
+from metaprune.mfac import marginal_losses
 from metaprune.removal import activation_energy, removal_error
 from metaprune.statistics import Moments, Statistics
 
@@ -83,6 +84,11 @@ class Evidence:
         """Moments of the group's gate gradients."""
         assert self.statistics is not None
         return self.statistics.gates[group.name]
+
+    def rows(self, group: Group) -> Tensor:
+        """The group's gate gradients sample by sample, shape [samples, size]."""
+        assert self.statistics is not None
+        return self.statistics.rows[group.name]
 
 
 Criterion = Callable[[Group, Evidence], Tensor]
@@ -172,6 +178,15 @@ def fisher(group: Group, evidence: Evidence) -> Tensor:
     return 0.5 * evidence.moments(group).square
 
 
+def fisher_block(group: Group, evidence: Evidence) -> Tensor:
+    """What each unit adds to the loss to second order when it leaves after those that harm less; others adjust.
+
+    The whole Fisher matrix of the group's gates counts and not only its diagonal, so units that stand in for one
+    another do not all go: M-FAC, Frantar et al. (NeurIPS 2021), eqs. 1-5; see `metaprune.mfac`.
+    """
+    return marginal_losses(evidence.rows(group))
+
+
 def wanda(group: Group, evidence: Evidence) -> Tensor:
     """Squared weights times the mean squares of the activations they meet, in the layers that read the unit.
 
@@ -205,11 +220,21 @@ def _of_readers(group: Group, evidence: Evidence, loss: Callable[[Columns, Tenso
 
 @dataclass(frozen=True)
 class Row:
-    """A criterion, whether it needs calibration data, and whether second moments of columns are all it needs."""
+    """A criterion and what it asks for and gives.
+
+    Attributes:
+        function: The criterion.
+        data: Whether it needs calibration data.
+        columns: Whether second moments of what linear layers read are all it needs.
+        per_sample: Whether it needs the gate gradients of every sample.
+        additive: Whether its scores estimate losses that add up, over units and over groups.
+    """
 
     function: Criterion
     data: bool = False
     columns: bool = False
+    per_sample: bool = False
+    additive: bool = False
 
 
 CRITERIA: dict[str, Row] = {
@@ -222,7 +247,8 @@ CRITERIA: dict[str, Row] = {
     "fpgm": Row(fpgm),
     "random": Row(random),
     "taylor": Row(taylor, data=True),
-    "fisher": Row(fisher, data=True),
+    "fisher": Row(fisher, data=True, additive=True),
+    "fisher_block": Row(fisher_block, data=True, per_sample=True, additive=True),
     "wanda": Row(wanda, data=True, columns=True),
     "obspa": Row(obspa, data=True, columns=True),
 }

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from metaprune import criteria
 from metaprune.graphs.errors import OptionError
@@ -36,12 +37,8 @@ def make_plan(
     """See `metaprune.plan`."""
     goal = Budget.parse(budget)
     criterion = criterion or ("magnitude" if data is None else "fisher")
-    allocator = allocator or ("cost" if criterion == "fisher" else "global")
-    row, allocate = criteria.find(criterion), find_allocator(allocator)
-    if row.data and data is None:
-        raise OptionError(f"data: criterion {criterion!r} needs calibration data")
-    if data is not None and not row.data:
-        raise OptionError(f"data: criterion {criterion!r} does not use data")
+    allocator = allocator or ("cost" if criteria.find(criterion).additive else "global")
+    allocate = find_allocator(allocator)
     if type(round_to) is not int or round_to < 1:
         raise OptionError(f"round_to: must be a positive whole number, not {round_to!r}")
     if type(seed) is not int:
@@ -65,12 +62,7 @@ def make_plan(
         and (not only or _matches(group, only))
         and (kinds is None or group.kind in kinds)
     ]
-    graph.check_finite()
-    weights = criteria.Weights({n: graph.values[n] for n, info in graph.tensors.items() if info.kind == "parameter"})
-    collector = collect_second_moments if row.columns else collect
-    statistics = collector(graph, data, seed=seed) if row.data else None
-    evidence = criteria.Evidence(weights, statistics, seed)
-    scores = [row.function(groups[i], evidence).double().numpy() for i in free]
+    scores, samples = unit_scores(graph, [groups[i] for i in free], criterion, data, seed)
     step = [round_to if groups[i].kind in _COUNTED_IN_STEPS and groups[i].size >= round_to else 1 for i in free]
     least = [min(max(groups[i].minimum, s if s > 1 else 1), groups[i].size) for i, s in zip(free, step, strict=True)]
     costs = graph.coupling.costs
@@ -89,7 +81,7 @@ def make_plan(
     provenance: dict[str, Any] = {
         "criterion": criterion,
         "allocator": allocator,
-        "samples": statistics.samples if statistics else 0,
+        "samples": samples,
         "round_to": round_to,
         "protect": list(protect),
         "only": list(only),
@@ -97,6 +89,42 @@ def make_plan(
         "seed": seed,
     }
     return Plan(keep, graph.fingerprint, goal.text, reached, provenance)
+
+
+def unit_scores(
+    graph: Graph, groups: Sequence[Group], criterion: str, data: Any = None, seed: int = 0
+) -> tuple[list[NDArray[np.float64]], int]:
+    """What a criterion makes of every unit.
+
+    Args:
+        graph: The network.
+        groups: Those of its groups that are scored.
+        criterion: Name in `metaprune.criteria.CRITERIA`.
+        data: Calibration data, for a criterion that needs them.
+        seed: Of criteria that draw.
+
+    Returns:
+        The scores of each group's units, shape [size] each, and the number of samples that were looked at.
+
+    Raises:
+        OptionError: An unknown criterion, or data where there should be none, or none where there should be.
+        GraphError: A tensor of the network is not finite.
+    """
+    row = criteria.find(criterion)
+    if row.data and data is None:
+        raise OptionError(f"data: criterion {criterion!r} needs calibration data")
+    if data is not None and not row.data:
+        raise OptionError(f"data: criterion {criterion!r} does not use data")
+    graph.check_finite()
+    weights = criteria.Weights({n: graph.values[n] for n, info in graph.tensors.items() if info.kind == "parameter"})
+    statistics = None
+    if row.data and row.columns:
+        statistics = collect_second_moments(graph, data, seed=seed)
+    elif row.data:
+        statistics = collect(graph, data, seed=seed, per_sample=row.per_sample)
+    evidence = criteria.Evidence(weights, statistics, seed)
+    scores = [row.function(group, evidence).double().numpy() for group in groups]
+    return scores, statistics.samples if statistics else 0
 
 
 def _fraction(part: float, whole: float) -> float:

@@ -48,14 +48,17 @@ class Statistics:
         gates: Moments of the gate gradients by group.
         samples: Number of samples they are means over.
         columns: Second moments of what linear layers read, by weight; empty unless asked for.
+        rows: The gate gradients themselves, one row per sample, by group, shape [samples, size] each, float32; empty
+            unless they were asked for.
     """
 
     gates: Mapping[str, Moments]
     samples: int
     columns: Mapping[str, Columns] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> Statistics:
+def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0, per_sample: bool = False) -> Statistics:
     """One forward and one backward pass per sample.
 
     Args:
@@ -66,6 +69,7 @@ def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> S
             taken for the mean of a Gaussian of variance 1.
         samples: At most this many samples.
         seed: Of the labels that are drawn.
+        per_sample: Whether to keep the gradients of every sample as well, four bytes for each sample and unit.
 
     Raises:
         OptionError: No data, or data that do not fit the network.
@@ -76,6 +80,7 @@ def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> S
     reference = next((v for v in graph.values.values() if v.is_floating_point()), torch.zeros(()))
     ones = {g.name: torch.ones(g.size, dtype=reference.dtype, device=reference.device) for g in free}
     totals = {name: torch.zeros(3, len(one), dtype=torch.float64) for name, one in ones.items()}
+    rows: dict[str, list[Tensor]] = {name: [] for name in ones}
     count = 0
     for inputs in islice(samples_of(graph, data, seed), samples):
         gates = {name: one.clone().requires_grad_() for name, one in ones.items()}
@@ -85,16 +90,18 @@ def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> S
         loss = _loss(outputs, generator)
         gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True) if gates else ()
         for name, gradient in zip(gates, gradients, strict=True):
-            if gradient is not None:
-                g = gradient.detach().double().cpu()
-                totals[name] += torch.stack([g, g.abs(), g.square()])
+            g = (torch.zeros_like(ones[name]) if gradient is None else gradient).detach().double().cpu()
+            totals[name] += torch.stack([g, g.abs(), g.square()])
+            if per_sample:
+                rows[name].append(g.float())
         count += 1
     if not count:
         raise OptionError("data: there are no samples")
     for name, total in totals.items():
         if not bool(torch.isfinite(total).all()):
             raise MetapruneError(f"data: the gradients of group {name} are not finite")
-    return Statistics({name: Moments(*(total / count)) for name, total in totals.items()}, count)
+    moments = {name: Moments(*(total / count)) for name, total in totals.items()}
+    return Statistics(moments, count, rows={name: torch.stack(g) for name, g in rows.items()} if per_sample else {})
 
 
 def collect_second_moments(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> Statistics:
