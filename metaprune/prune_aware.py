@@ -83,8 +83,9 @@ def train_tolerant(
         allocator: How many units each group keeps at a budget; see `metaprune.plan`.
         data: Batches for criteria that look at data; they are gone through once for each of `LEVELS` budgets.
         distil: Weight, from 0 to 1, of distillation from the network as it was; the rest is the task's loss.
-        straight_through: Whether masked units are trained with the gradient they would have if they were open. By
-            default they are trained in the steps in which they are open.
+        straight_through: Whether masked units are trained too, with the gradient they would have if they were open.
+            Without, they are trained in the steps in which they are open; on the digits that served better at nearly
+            every budget.
         settings: Hyper-parameters of the training; `epochs` takes the place of theirs.
         seed: Of every random choice; equal seeds on one thread give equal weights to the bit.
         progress: Called after each training step with the steps done and the steps in all.

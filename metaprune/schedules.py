@@ -164,6 +164,8 @@ def finalise(graph: Graph, values: Mapping[str, Tensor], plan: Plan, certify: bo
 @contextlib.contextmanager
 def seeded(seed: int, *loaders: object) -> Iterator[None]:
     """Seeds what loaders draw from, torch's own generator or their attribute `generator`; the former is put back."""
+    if type(seed) is not int:
+        raise OptionError(f"seed: a whole number is needed, not {seed!r}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for loader in loaders:

@@ -84,6 +84,22 @@ def test_bad_steps_are_named(arguments: Any, said: str) -> None:
         kept_fraction(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "steps", "training", "events"),
+    [
+        ("cubic", 4, 80, {0: "macs=0.5375", 10: "macs=0.3", 20: "macs=0.2125", 30: "macs=0.2"}),
+        ("one_shot", 4, 80, {0: "macs=0.2"}),
+        ("cubic", 4, 0, {0: "macs=0.2"}),  # nothing is trained: the end is reached at once
+        ("cubic", 4, 4, {0: "macs=0.3", 1: "macs=0.2"}),  # two steps fall on one moment
+    ],
+)
+def test_when_it_is_pruned(schedule: str, steps: int, training: int, events: dict[int, str]) -> None:
+    found = schedules._events("macs=0.2", schedule, steps, training)
+    assert found.keys() == events.keys()
+    for moment, text in found.items():
+        assert float(text.removeprefix("macs=")) == pytest.approx(float(events[moment].removeprefix("macs=")))
+
+
 Moment = tuple[Plan, dict[str, Tensor]]
 
 
@@ -237,6 +253,7 @@ def test_equal_seeds_give_equal_bits_and_nothing_else_is_touched(task: mp.Task) 
         ({"schedule": "magic"}, OptionError, "schedule: 'magic' is unknown"),
         ({"steps": 0}, OptionError, "steps: a positive whole number"),
         ({"epochs": -1}, OptionError, "epochs"),
+        ({"seed": "x"}, OptionError, "seed: a whole number is needed, not 'x'"),
         ({"budget": "macs=0.001"}, BudgetInfeasible, "can not be met"),
         ({"budget": "speed=0.5"}, OptionError, "speed"),
         ({"criterion": "magic"}, OptionError, "criterion: 'magic'"),
