@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +12,6 @@ from numpy.typing import NDArray
 
 from metaprune.graphs.errors import PlanError
 from metaprune.graphs.ir import Graph
-
-if TYPE_CHECKING:
-    from metaprune.graphs.coupling import Coupling
 
 Mask = NDArray[np.bool_]
 Kept = dict[str, dict[int, NDArray[np.int64]]]
@@ -55,8 +52,9 @@ def carried(
     return part if scale is None else part * scale[0] + scale[1]
 
 
-def alive_units(coupling: Coupling, keep: Mapping[str, tuple[int, ...]]) -> Mask:
-    """Whether each unit of a graph stays; checks the edits (see `cut`)."""
+def alive_units(graph: Graph, keep: Mapping[str, tuple[int, ...]]) -> Mask:
+    """Whether each unit of the graph stays; checks the edits (see `cut`)."""
+    coupling = graph.coupling
     chosen = [np.ones(group.size, dtype=bool) for group in coupling.groups]
     for name, units in keep.items():
         number = coupling.number(name)

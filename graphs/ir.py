@@ -253,8 +253,7 @@ class Graph:
                 raise OptionError(f"values: {name} and {info.name} are one tensor, but two are given")
         every = {alias: value for name, value in changed.items() for alias in self.tensors[name].aliases}
         result = replace(self, values=self.values | every, notes=list(self.notes))
-        result.__dict__["coupling"] = self.coupling
-        result.__dict__["fingerprint"] = self.fingerprint
+        result.coupling, result.fingerprint = self.coupling, self.fingerprint
         return result
 
     def check_finite(self) -> None:

@@ -111,7 +111,7 @@ class GatedModule(nn.Module):
         """
         super().__init__()
         self.network = PortableModule(graph)
-        self._coupling = graph.coupling
+        self.network._graph.coupling = graph.coupling  # of the same nodes
         self._straight_through = straight_through
         self._open = {group.name: f"open{i}" for i, group in enumerate(graph.groups) if not group.pinned}
         device = next((value.device for value in graph.values.values()), None)
@@ -138,7 +138,7 @@ class GatedModule(nn.Module):
             PlanError: A group is unknown or pinned, a unit does not exist, or a group would lose all its units.
         """
         chosen = {name: tuple(units) for name, units in keep.items()}
-        alive_units(self._coupling, chosen)  # the checks of a cut
+        alive_units(self.network._graph, chosen)  # the checks of a cut
         for group, name in self._open.items():
             is_open = self.get_buffer(name)
             is_open.fill_(group not in chosen)
@@ -149,7 +149,7 @@ class GatedModule(nn.Module):
         floats = [tensor.dtype for tensor in self.network.parameters() if tensor.dtype.is_floating_point]
         dtype = functools.reduce(torch.promote_types, floats, torch.float32)
         gates = {group: self.get_buffer(name).to(dtype) for group, name in self._open.items()}
-        return Gates(self._coupling, gates, self._straight_through) if gates else None
+        return Gates(self.network._graph.coupling, gates, self._straight_through) if gates else None
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -40,7 +40,7 @@ class Cut:
     def __init__(self, graph: Graph, keep: Mapping[str, tuple[int, ...]]) -> None:
         self.graph = graph
         self.flow = graph.coupling.flow
-        self._alive = alive_units(graph.coupling, keep)
+        self._alive = alive_units(graph, keep)
         self._masks: dict[int, tuple[Axis, Mask | None]] = {}
         self._nodes: dict[str, Node] = {}
         self._tensors: dict[str, TensorInfo] = {}
