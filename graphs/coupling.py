@@ -60,6 +60,9 @@ class Coupling:
     rank: Ids
     groups: list[Group] = field(default_factory=list)
 
+    def __deepcopy__(self, memo: object) -> Coupling:
+        return self  # it says how a network is built, whatever its weights, and never changes
+
     def by_name(self, name: str) -> Group:
         """The group called `name`."""
         try:

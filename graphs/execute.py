@@ -37,7 +37,7 @@ def run(
     """
     leaves = input_leaves(graph, inputs)
     values = dict(graph.values) if params is None else {**graph.values, **params}
-    return execute(graph, values, leaves, Gates(graph, gates) if gates else None, training)
+    return execute(graph, values, leaves, Gates(graph.coupling, gates) if gates else None, training)
 
 
 def execute(

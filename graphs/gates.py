@@ -9,18 +9,24 @@ import torch
 
 from metaprune.graphs import operators
 from metaprune.graphs.errors import OptionError
-from metaprune.graphs.ir import Graph, Node
+from metaprune.graphs.ir import Node
 from metaprune.graphs.structure import Ref
 
 if TYPE_CHECKING:
+    from metaprune.graphs.coupling import Coupling
     from metaprune.graphs.flow import Site
 
 
 class Gates:
-    """Gate values of a graph's groups, spread over the axes they act on."""
+    """Gate values of a graph's groups, spread over the axes they act on.
 
-    def __init__(self, graph: Graph, gates: Mapping[str, torch.Tensor]) -> None:
-        coupling = graph.coupling
+    Args:
+        coupling: The analysis of the graph.
+        gates: For some groups one factor per unit, shape [size].
+        straight_through: Whether the gradient passes a gate unchanged, as if it were 1.
+    """
+
+    def __init__(self, coupling: Coupling, gates: Mapping[str, torch.Tensor], straight_through: bool = False) -> None:
         pieces: list[torch.Tensor] = []
         reference = next(iter(gates.values()))
         touched = set()
@@ -35,20 +41,21 @@ class Gates:
         owner, rank = torch.from_numpy(coupling.owner), torch.from_numpy(coupling.rank)
         place = torch.where(owner >= 0, starts[owner.clamp(min=0)] + rank, starts[-1])
         self._all = torch.cat([*pieces, reference.new_ones(1)])[place.to(reference.device)]
-        self._graph = graph
+        self.straight_through = straight_through
+        self._coupling = coupling
         self._spread: dict[int, torch.Tensor | None] = {}
         self._touched = touched
-        self.sites: dict[str, list[Site]] = graph.coupling.flow.sites
+        self.sites: dict[str, list[Site]] = coupling.flow.sites
 
     def along(self, name: str, dim: int) -> torch.Tensor | None:
         """Gate at each position of a value's axis, shape [size]; None where no gate acts."""
-        axis = self._graph.coupling.flow.axes[name][dim]
+        axis = self._coupling.flow.axes[name][dim]
         if axis.ids is None:
             return None
         key = id(axis.ids)
         if key not in self._spread:
             result: torch.Tensor | None = None
-            for units in self._graph.coupling.units(axis):
+            for units in self._coupling.units(axis):
                 found = torch.from_numpy(units).to(self._all.device)
                 factor = torch.where(found >= 0, self._all[found.clamp(min=0)], self._all.new_ones(()))
                 result = factor if result is None else result * factor
@@ -66,21 +73,23 @@ def gated_call(node: Node, gates: Gates, args: list[Any], kwargs: dict[str, Any]
         if site.statistics:
             statistics = gate
             continue
-        args = [_multiplied(raw, value, site, gate) for raw, value in zip(node.args, args, strict=True)]
-        kwargs = {k: _multiplied(node.kwargs[k], v, site, gate) for k, v in kwargs.items()}
+        through = gates.straight_through
+        args = [_multiplied(raw, value, site, gate, through) for raw, value in zip(node.args, args, strict=True)]
+        kwargs = {k: _multiplied(node.kwargs[k], v, site, gate, through) for k, v in kwargs.items()}
     if statistics is None:
         return operators.resolve(node.op)(*args, **kwargs)
     bound = operators.bind(node.op, tuple(args), kwargs)
     return (_group_norm if "num_groups" in bound else _layer_norm)(bound, statistics)
 
 
-def _multiplied(raw: Any, value: Any, site: Site, gate: torch.Tensor) -> Any:
+def _multiplied(raw: Any, value: Any, site: Site, gate: torch.Tensor, through: bool) -> Any:
     if isinstance(raw, Ref) and raw.name == site.arg and isinstance(value, torch.Tensor):
         shape = [1] * value.ndim
         shape[site.dim] = -1
-        return value * gate.to(value.dtype).reshape(shape)
+        gated = value * gate.to(value.dtype).reshape(shape)
+        return value + (gated - value).detach() if through else gated
     if isinstance(raw, tuple):
-        return [_multiplied(r, v, site, gate) for r, v in zip(raw, value, strict=True)]
+        return [_multiplied(r, v, site, gate, through) for r, v in zip(raw, value, strict=True)]
     return value
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import networkx as nx
 import torch
 from torch import nn
 
-from metaprune.graphs.errors import GraphError
+from metaprune.graphs.errors import GraphError, OptionError
 from metaprune.graphs.operators import check_call
 from metaprune.graphs.structure import Ref, refs
 
@@ -228,6 +228,34 @@ class Graph:
 
         return run(self, params, inputs, gates, training)
 
+    def with_values(self, values: Mapping[str, torch.Tensor]) -> Graph:
+        """The same network with other weights, such as those it has after training.
+
+        What is known of the network is shared, not found again: groups, costs and fingerprint are those of this
+        graph, so plans of one fit the other. A cut is made, and certified, with the new weights.
+
+        Args:
+            values: Tensors by name, of the shape and dtype they replace; the rest stays. They are not copied.
+
+        Raises:
+            OptionError: A tensor is unknown or does not fit, is a constant, or holds integers that the forward pass
+                reads (the groups may follow from those) other than before.
+        """
+        own = {alias: info for info in self.tensors.values() for alias in info.aliases}
+        read = {node.args[0] for node in self.nodes.values() if node.op == "tensor"}
+        changed: dict[str, torch.Tensor] = {}
+        for name, value in values.items():
+            if name not in own:
+                raise OptionError(f"values: the network has no tensor {name}")
+            info = own[name]
+            _check_value(name, value, info, self.values[info.name], fixed=info.name in read)
+            if not _same(changed.setdefault(info.name, value), value):
+                raise OptionError(f"values: {name} and {info.name} are one tensor, but two are given")
+        every = {alias: value for name, value in changed.items() for alias in self.tensors[name].aliases}
+        result = replace(self, values=self.values | every, notes=list(self.notes))
+        result.coupling, result.fingerprint = self.coupling, self.fingerprint
+        return result
+
     def check_finite(self) -> None:
         """Raises `GraphError` naming a parameter that is not finite, or a buffer that holds NaN."""
         for info in self.tensors.values():
@@ -267,6 +295,24 @@ class Graph:
             shape = list(node.meta.shape) if isinstance(node.meta, Meta) else node.meta
             lines.append(f"%{node.name}: {shape} = {node.op}({args})")
         return "\n".join([*lines, f"return {self.signature.output}"])
+
+
+def _check_value(name: str, value: object, info: TensorInfo, old: torch.Tensor, fixed: bool) -> None:
+    """Raises `OptionError` when a tensor can not take the place of the network's own."""
+    if not isinstance(value, torch.Tensor):
+        raise OptionError(f"values: {name} must be a tensor, not {type(value).__name__}")
+    if tuple(value.shape) != info.shape or value.dtype != info.dtype:
+        given, needed = (
+            f"{list(shape)} of {dtype}" for shape, dtype in ((value.shape, value.dtype), (info.shape, info.dtype))
+        )
+        raise OptionError(f"values: {name} must be {needed}, not {given}")
+    plain = not (value.is_floating_point() or value.is_complex())
+    if (info.kind == "constant" or (plain and fixed)) and not _same(value, old):
+        raise OptionError(f"values: {name} must stay as it is: it is a constant or an index of the network")
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or torch.equal(one, other)
 
 
 def live_nodes(nodes: Mapping[str, Node], roots: Iterable[str]) -> dict[str, Node]:

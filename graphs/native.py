@@ -45,24 +45,38 @@ def candidates(graph: Graph, incision: Incision, whole: bool = False) -> Iterato
     base, choices = _attributes(source, incision)
     keys = list(choices)
     for values in islice(product(*(choices[key] for key in keys)), _ATTEMPTS):
-        module = _copy(source, incision, whole)
+        module = _copy(graph, source, incision, whole)
         edits = [*base, *((path, name, value) for (path, name), value in zip(keys, values, strict=True))]
         for path, name, value in edits:
             object.__setattr__(module.get_submodule(path), name, value)
         yield module
 
 
-def _copy(source: nn.Module, incision: Incision, whole: bool) -> nn.Module:
-    """A deep copy whose tensors are the cut ones; the big ones are never copied whole."""
+def _copy(graph: Graph, source: nn.Module, incision: Incision, whole: bool) -> nn.Module:
+    """A deep copy whose tensors are the cut ones; the big ones are never copied whole.
+
+    What was not cut is copied from the source, unless the graph holds other weights (see `Graph.with_values`).
+    """
     memo: dict[int, Any] = {}
+    copies: dict[int, torch.Tensor] = {}
     tensors = dict(source.named_parameters(remove_duplicate=False)) | dict(source.named_buffers(remove_duplicate=False))
     for name, tensor in tensors.items():
-        if (whole or name in incision.kept) and name in incision.graph.values and id(tensor) not in memo:
+        other = whole or graph.values.get(name) is not tensor
+        if (other or name in incision.kept) and name in incision.graph.values and id(tensor) not in memo:
             cut = incision.graph.values[name]
+            if name not in incision.kept:  # the graph's own tensor: one copy for all the names it has
+                cut = _once(copies, cut)
             memo[id(tensor)] = (
                 nn.Parameter(cut, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut
             )
     return copy.deepcopy(source, memo)
+
+
+def _once(copies: dict[int, torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """The copy of a tensor, made when it is asked for first."""
+    if id(tensor) not in copies:
+        copies[id(tensor)] = tensor.detach().clone()
+    return copies[id(tensor)]
 
 
 def _attributes(source: nn.Module, incision: Incision) -> tuple[list[Edit], dict[tuple[str, str], list[Any]]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from metaprune.graphs.execute import bind_inputs, execute
+from metaprune.graphs.gates import Gates
+from metaprune.graphs.incision import alive_units
 from metaprune.graphs.ir import Graph, Training
 
 
@@ -21,10 +24,10 @@ class PortableModule(nn.Module):
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
-        self.graph = Graph(graph.nodes, graph.tensors, graph.signature, {}, None, {}, graph.batch, graph.notes)
+        self._graph = Graph(graph.nodes, graph.tensors, graph.signature, {}, None, {}, graph.batch, graph.notes)
         self._places: dict[str, tuple[str, str]] = {}
         for info in graph.tensors.values():
-            value = graph.values[info.name].detach()
+            value = graph.values[info.name].detach().clone()  # training must not reach the graph's tensors
             tensor: Any = nn.Parameter(value, requires_grad=info.requires_grad) if info.kind == "parameter" else value
             for alias in info.aliases:
                 self._register(alias, tensor, info.persistent)
@@ -33,11 +36,14 @@ class PortableModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the network as it was traced; raises `OptionError` for another call."""
-        leaves = bind_inputs(self.graph, args, kwargs)
+        return self._run(args, kwargs)
+
+    def _run(self, args: Any, kwargs: Mapping[str, Any], gates: Gates | None = None) -> Any:
+        leaves = bind_inputs(self._graph, args, kwargs)
         if self.training:
             for name in self._counters:
                 self._tensor(name).add_(1)
-        return execute(self.graph, _Live(self), leaves, training=self.training)
+        return execute(self._graph, _Live(self), leaves, gates, self.training)
 
     def _tensor(self, name: str) -> torch.Tensor:
         path, leaf = self._places[name]
@@ -59,10 +65,10 @@ class PortableModule(nn.Module):
     def _batch_counters(self) -> list[str]:
         """Step counters of the batch norms that follow the network's mode."""
         found: list[str] = []
-        for node in self.graph.nodes.values():
+        for node in self._graph.nodes.values():
             if any(isinstance(arg, Training) for arg in node.args):
                 for name in node.refs():
-                    source = self.graph.nodes[name]
+                    source = self._graph.nodes[name]
                     if source.op == "tensor" and source.args[0].endswith("running_mean"):
                         found.append(source.args[0].removesuffix("running_mean") + "num_batches_tracked")
         return [name for name in dict.fromkeys(found) if name in self._places]
@@ -82,6 +88,68 @@ class _Live(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._module._places)
+
+
+class GatedModule(nn.Module):
+    """A network at full width of which some units are masked: hard gates, 0 or 1, multiply them.
+
+    The masked network computes what the cut one would, on dense storage: which units are masked may change at any
+    time, and a unit that comes back has the weights it had. Which units are masked follows the module to its device,
+    and is no part of its state dict.
+
+    Attributes:
+        network: The network without gates; its tensors are those of this module.
+    """
+
+    def __init__(self, graph: Graph, straight_through: bool = False) -> None:
+        """Starts with every unit open.
+
+        Args:
+            graph: The network; its tensors are copied.
+            straight_through: Whether the gradient passes a gate as if it were open (Bengio et al. 2013, arXiv
+                1308.3432, section 3.2), so that what computes a masked unit is trained too.
+        """
+        super().__init__()
+        self.network = PortableModule(graph)
+        self.network._graph.coupling = graph.coupling  # of the same nodes
+        self._straight_through = straight_through
+        self._open = {group.name: f"open{i}" for i, group in enumerate(graph.groups) if not group.pinned}
+        device = next((value.device for value in graph.values.values()), None)
+        for group, name in self._open.items():  # truth values: no change of dtype and no average touches them
+            every = torch.ones(graph.group(group).size, dtype=torch.bool, device=device)
+            self.register_buffer(name, every, persistent=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the masked network as it was traced; raises `OptionError` for another call."""
+        return self.network._run(args, kwargs, self._gates())
+
+    @property
+    def values(self) -> Mapping[str, torch.Tensor]:
+        """The tensors as they are now, by their names in the graph; see `Graph.with_values`."""
+        return _Live(self.network)
+
+    def mask(self, keep: Mapping[str, Iterable[int]]) -> None:
+        """Masks the units that `keep` leaves out and opens all others.
+
+        Args:
+            keep: For each group of which units are masked, the numbers of those that stay, as in a `Plan`.
+
+        Raises:
+            PlanError: A group is unknown or pinned, a unit does not exist, or a group would lose all its units.
+        """
+        chosen = {name: tuple(units) for name, units in keep.items()}
+        alive_units(self.network._graph, chosen)  # the checks of a cut
+        for group, name in self._open.items():
+            is_open = self.get_buffer(name)
+            is_open.fill_(group not in chosen)
+            is_open[list(chosen.get(group, ()))] = True
+
+    def _gates(self) -> Gates | None:
+        """Gates of the next call, in the widest dtype of the network's own: norms divide by their sum."""
+        floats = [tensor.dtype for tensor in self.network.parameters() if tensor.dtype.is_floating_point]
+        dtype = functools.reduce(torch.promote_types, floats, torch.float32)
+        gates = {group: self.get_buffer(name).to(dtype) for group, name in self._open.items()}
+        return Gates(self.network._graph.coupling, gates, self._straight_through) if gates else None
 
 
 def _split(name: str) -> tuple[str, str]:

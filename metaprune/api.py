@@ -112,8 +112,9 @@ def plan(
             (that fraction of every group). A cost is never exceeded and falls short by at most 2 % or one unit.
         criterion: How units are scored; see `metaprune.criteria.CRITERIA`. By default `"fisher"` when there are data,
             else `"magnitude"`.
-        allocator: How many units each group keeps: `"uniform"`, `"global"`, or `"cost"` (importance removed per cost
-            removed, for scores that add up: the default for `"fisher"`; otherwise `"global"` is).
+        allocator: How many units each group keeps: `"uniform"`, `"global"`, `"sap"` (more is taken from groups whose
+            scores are uneven) or `"cost"` (importance removed per cost removed, for scores that add up: the default
+            for `"fisher"`; otherwise `"global"` is).
         data: Batches of inputs or of (inputs, labels) for criteria that look at data; at most 256 samples are used.
         round_to: Kept channel counts are multiples of this.
         protect: Globs of groups or tensors that stay whole.

@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 
 from metaprune.graphs.errors import OptionError
 from metaprune.search.cost_aware import cost_aware
-from metaprune.search.problem import Problem, check_feasible, filled
-
-FLOOR = 0.1
+from metaprune.search.pqi import sap
+from metaprune.search.problem import FLOOR, Problem, check_feasible, filled
 
 
 def uniform(problem: Problem) -> NDArray[np.int64]:
@@ -71,6 +70,7 @@ ALLOCATORS: dict[str, Callable[[Problem], NDArray[np.int64]]] = {
     "uniform": uniform,
     "global": global_,
     "cost": cost_aware,
+    "sap": sap,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,11 @@ class Budget:
         if width is not None and limits:
             raise OptionError("budget: width can not be combined with a cost")
         return Budget(str(text), tuple(limits), width)
+
+    def restated(self, change: Callable[[float], float]) -> str:
+        """The budget as text, with `change(fraction)` in the place of every kept fraction."""
+        parts = self.limits if self.width is None else (("width", self.width),)
+        return ",".join(f"{name}={change(fraction)!r}" for name, fraction in parts)
 
     def excess(self, costs: Costs, kept: NDArray[np.float64]) -> NDArray[np.float64]:
         """Largest ratio of cost to its limit, for kept counts of shape [plans, groups]; at most 1 is within budget."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from metaprune.search.problem import Counts, Kept, Problem, check_feasible, filled
+from metaprune.search.problem import Counts, Kept, Problem, check_feasible, filled, least_kept
 
-FLOOR = 0.1
 _LEVELS = 64  # steps into which the largest groups are divided
 _SWAPS = 200
 
@@ -24,24 +21,11 @@ def cost_aware(problem: Problem) -> Kept:
     if problem.budget.width is not None:
         return problem.at_width(problem.budget.width)
     check_feasible(problem)
-    floor = FLOOR
-    while True:
-        least = np.maximum(problem.minimum, _up(floor * problem.sizes, problem.step))
-        least = np.minimum(least, problem.sizes)
-        if problem.excess(least) <= 1 or floor < 1e-3:
-            break
-        floor /= 2
-    if floor < 1e-3:
-        least = problem.minimum.copy()
+    least = least_kept(problem)
     lost = _lost(problem)
     kept = _removed(problem, least, lost)
     kept = filled(problem, kept, order=np.argsort(-_last(lost, kept), kind="stable"))
     return _swapped(problem, kept, least, lost)
-
-
-def _up(counts: NDArray[np.floating[Any]], step: NDArray[np.int64]) -> Kept:
-    whole: Kept = np.ceil(counts / step - 1e-9).astype(np.int64) * step
-    return whole
 
 
 def _lost(problem: Problem) -> list[Counts]:

@@ -15,6 +15,7 @@ from metaprune.search.budget import Budget
 
 Counts = NDArray[np.float64]
 Kept = NDArray[np.int64]
+FLOOR = 0.1  # share of its units that a group keeps where the budget allows it
 _TRIALS = 64  # groups tried one by one once no more of them fit together
 
 
@@ -82,6 +83,18 @@ def _ratio(problem: Problem, name: str) -> float:
     return float(
         costs.evaluate(name, problem.full(problem.minimum[None]))[0] / costs.evaluate(name, costs.sizes[None])[0]
     )
+
+
+def least_kept(problem: Problem) -> Kept:
+    """The floor of every group: a tenth of its units, or as near to that as a feasible budget allows."""
+    floor = FLOOR
+    while floor >= 1e-3:
+        whole = np.ceil(floor * problem.sizes / problem.step - 1e-9).astype(np.int64) * problem.step
+        least: Kept = np.minimum(np.maximum(problem.minimum, whole), problem.sizes)
+        if problem.excess(least) <= 1:
+            return least
+        floor /= 2
+    return problem.minimum.copy()
 
 
 def filled(problem: Problem, kept: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int64]:
