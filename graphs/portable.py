@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metaprune.graphs.execute import bind_inputs, execute
+from metaprune.graphs.execute import Watch, bind_inputs, execute
 from metaprune.graphs.gates import Gates
 from metaprune.graphs.incision import alive_units
 from metaprune.graphs.ir import Graph, Training
@@ -20,14 +21,20 @@ class PortableModule(nn.Module):
 
     It trains, switches between `train()` and `eval()` (batch norms and dropout follow), deep-copies, and can be
     exported again.
+
+    Args:
+        graph: The graph.
+        shared: Whether its tensors are used as they are; else the module trains copies.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, shared: bool = False) -> None:
         super().__init__()
         self._graph = Graph(graph.nodes, graph.tensors, graph.signature, {}, None, {}, graph.batch, graph.notes)
+        self._watch: Watch | None = None
         self._places: dict[str, tuple[str, str]] = {}
         for info in graph.tensors.values():
-            value = graph.values[info.name].detach().clone()  # training must not reach the graph's tensors
+            value = graph.values[info.name].detach()
+            value = value if shared else value.clone()
             tensor: Any = nn.Parameter(value, requires_grad=info.requires_grad) if info.kind == "parameter" else value
             for alias in info.aliases:
                 self._register(alias, tensor, info.persistent)
@@ -43,7 +50,7 @@ class PortableModule(nn.Module):
         if self.training:
             for name in self._counters:
                 self._tensor(name).add_(1)
-        return execute(self._graph, _Live(self), leaves, gates, self.training)
+        return execute(self._graph, _Live(self), leaves, gates, self.training, self._watch)
 
     def _tensor(self, name: str) -> torch.Tensor:
         path, leaf = self._places[name]
@@ -72,6 +79,27 @@ class PortableModule(nn.Module):
                     if source.op == "tensor" and source.args[0].endswith("running_mean"):
                         found.append(source.args[0].removesuffix("running_mean") + "num_batches_tracked")
         return [name for name in dict.fromkeys(found) if name in self._places]
+
+
+def values_of(graph: Graph, module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that a graph reads, by name, as a module made from it holds them now; it may lack constants."""
+    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    device = next((tensor.device for tensor in own.values()), torch.device("cpu"))
+    return {name: own[name].detach() if name in own else value.to(device) for name, value in graph.values.items()}
+
+
+def sharing(graph: Graph, module: nn.Module) -> PortableModule:
+    """The portable form of a module made from the graph, on the module's own tensors: to train one trains both."""
+    form = PortableModule(dataclasses.replace(graph, values=values_of(graph, module)), shared=True)
+    trained = {name: p.requires_grad for name, p in module.named_parameters(remove_duplicate=False)}
+    for name, parameter in form.named_parameters():
+        parameter.requires_grad_(trained[name])
+    return form
+
+
+def watch_with(module: PortableModule, watch: Watch | None) -> None:
+    """Has `watch` see the value of every node of each forward pass from now on; None for no one."""
+    module._watch = watch
 
 
 class _Live(Mapping[str, torch.Tensor]):

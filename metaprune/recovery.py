@@ -1,7 +1,7 @@
-"""Training a pruned network back: statistics first, then fine-tuning or distillation from the dense network.
+"""The recovery ladder: from closed-form repairs to training with the dense network as teacher.
 
-A recipe is a list of rungs joined by "+", taken in order: `"recalibrate+kd"`. Each rung changes a copy of the pruned
-network; the pruned network that came in stays as it is.
+A recipe is a list of rungs joined by "+", taken in order: `"least_squares+kd_features"`. Each rung maps a pruned
+network to another; the one that came in stays as it is.
 """
 
 from __future__ import annotations
@@ -9,26 +9,34 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metaprune.compensation import absorb, match_moments
 from metaprune.data import Inputs, Loader
 from metaprune.evaluation import device_of, evaluating, predict
+from metaprune.features import matched_nodes, observe
 from metaprune.graphs.errors import OptionError
-from metaprune.losses import distillation, standardised_distillation
+from metaprune.graphs.portable import PortableModule, sharing
+from metaprune.graphs.survivors import Survivors
+from metaprune.losses import decoupled_distillation, distillation, feature_matching, standardised_distillation
+from metaprune.reconstruction import reconstruct
 from metaprune.task import Task
-from metaprune.training import Progress, Settings, train
+from metaprune.training import Objective, Progress, Settings, seeded, train
 
 if TYPE_CHECKING:
     from metaprune.api import Pruned
 
+_SOFT, _HARD = 0.9, 0.1  # with T = 4: Dong and Yang (2019), arXiv 1905.09717
+_FEATURES = 1.0  # weight of feature matching beside them
+
 
 @dataclasses.dataclass(frozen=True)
-class _Rung:
-    """What a rung may use besides the network it changes."""
+class _Means:
+    """What a rung may use besides the pruned network."""
 
     task: Task
     teacher: nn.Module
@@ -37,46 +45,61 @@ class _Rung:
     progress: Progress | None
 
 
+_Rung: TypeAlias = "Callable[[Pruned, _Means], Pruned]"
+_SoftLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Function of the logits of student and teacher, shape (..., classes), and the labels."""
+
+
 def recover(
     pruned: Pruned,
     task: Task,
     teacher: nn.Module | None = None,
-    recipe: str = "kd",
+    recipe: str = "least_squares+kd_features",
     epochs: int = 3,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Pruned:
-    """Trains a pruned network back.
+    """Repairs and trains a pruned network back.
+
+    The rungs, in the order of their cost. Without labels and without training, on `task.train`:
+    "recalibrate" (statistics of batch norms), "absorb" (the mean of what was cut goes into biases; only as the first
+    rung of a network that nothing was fitted to), "norm_scale" (means and deviations of channels, see
+    `metaprune.compensation.match_moments`), "least_squares" (see `metaprune.reconstruct`).
+    Training: "finetune" (the task's loss), "kd" (distillation), "kd_standardised" (of standardised logits),
+    "kd_decoupled" (with a weight of its own for the classes that are not the label; labels are class indices),
+    "kd_features" ("kd", and the ends of residual blocks follow the kept channels of the dense network's;
+    what a native module does only in training, beyond batch norm and dropout, is not done).
 
     Args:
         pruned: What `prune` or `apply` returned; it is not changed.
         task: The data and the loss.
-        teacher: The network to distil from; by default the task's own. It is not changed.
-        recipe: Rungs joined by "+": "recalibrate" (statistics of batch norm over the training data), "finetune"
-            (the task's loss), "kd" (distillation), "kd_standardised" (distillation of standardised logits).
+        teacher: The network whose logits are distilled; by default the task's own. It is not changed. Features always
+            come from the network that was cut.
+        recipe: Rungs joined by "+".
         epochs: Passes over the training data of each rung that trains.
         seed: Of every random choice; equal seeds on one thread give equal weights to the bit.
         progress: Called after each training step with the steps done and the steps of the rung.
 
     Returns:
-        The same pruned network with recovered weights, in eval mode. Its certificate speaks of the cut, not of the
-        training since; `notes` says what was done.
+        The same pruned network with recovered weights, in eval mode. Its certificate speaks of the cut, not of what
+        was done since; `notes` says that.
 
     Raises:
-        OptionError: An unknown rung or a bad number of epochs.
+        OptionError: An unknown rung, a bad number of epochs, a rung that the network or its labels do not allow, or a
+            teacher with other outputs.
         TrainingError: A loss or gradient is not finite.
     """
     names = [name.strip() for name in recipe.split("+")]
     for name in names:
         if name not in RUNGS:
             raise OptionError(f"recipe: {name!r} is unknown, choose from {', '.join(sorted(RUNGS))}, joined by '+'")
-    settings = Settings(epochs=epochs)
-    rung = _Rung(task, task.model if teacher is None else teacher, settings, seed, progress)
-    module = copy.deepcopy(pruned.module)
+    means = _Means(task, task.model if teacher is None else teacher, Settings(epochs=epochs), seed, progress)
+    recovered = dataclasses.replace(pruned, module=copy.deepcopy(pruned.module))
     for name in names:
-        RUNGS[name](module, rung)
+        with seeded(recovered.module, task.train, seed):
+            recovered = RUNGS[name](recovered, means)
     note = f"recovered by {recipe} ({epochs} epochs per training rung, seed {seed})"
-    return dataclasses.replace(pruned, module=module.eval(), notes=(*pruned.notes, note))
+    return dataclasses.replace(recovered, module=recovered.module.eval(), notes=(*recovered.notes, note))
 
 
 def recalibrate(model: nn.Module, loader: Loader, samples: int = 4096) -> int:
@@ -139,36 +162,108 @@ class _BatchStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.buffers[variance].copy_(sum_variance / count)
 
 
-def _recalibrate(module: nn.Module, rung: _Rung) -> None:
-    recalibrate(module, rung.task.train)
+def _recalibrate(pruned: Pruned, means: _Means) -> Pruned:
+    recalibrate(pruned.module, means.task.train)
+    return pruned
 
 
-def _finetune(module: nn.Module, rung: _Rung) -> None:
+def _absorb(pruned: Pruned, means: _Means) -> Pruned:
+    return absorb(pruned, means.task.train, seed=means.seed)
+
+
+def _norm_scale(pruned: Pruned, means: _Means) -> Pruned:
+    return match_moments(pruned, means.task.train, seed=means.seed)
+
+
+def _least_squares(pruned: Pruned, means: _Means) -> Pruned:
+    return reconstruct(pruned, means.task.train, seed=means.seed)
+
+
+def _finetune(pruned: Pruned, means: _Means) -> Pruned:
     def objective(logits: Tensor, inputs: Inputs, labels: Tensor) -> Tensor:
-        return rung.task.criterion(logits, labels)
+        return means.task.criterion(logits, labels)
 
-    train(module, rung.task.train, objective, rung.settings, rung.seed, progress=rung.progress)
+    _train(pruned.module, objective, means)
+    return pruned
 
 
-def _distil(soft: Callable[[Tensor, Tensor], Tensor], weight: float, hard: float) -> Callable[[nn.Module, _Rung], None]:
-    """A rung that minimises `weight * soft(student, teacher) + hard * task loss`."""
+def _distil(soft: _SoftLoss, weight: float, hard: float) -> _Rung:
+    """A rung that minimises `weight * soft(student, teacher, labels) + hard * task loss`."""
 
-    def distil(module: nn.Module, rung: _Rung) -> None:
-        teacher = copy.deepcopy(rung.teacher).to(device_of(module)).eval()
+    def distil(pruned: Pruned, means: _Means) -> Pruned:
+        teacher = copy.deepcopy(means.teacher).to(device_of(pruned.module)).eval()
 
         def objective(logits: Tensor, inputs: Inputs, labels: Tensor) -> Tensor:
             with torch.no_grad():
                 target = predict(teacher, inputs)
-            return weight * soft(logits, target) + hard * rung.task.criterion(logits, labels)
+            return _mixed(soft, weight, hard, means.task, logits, target, labels)
 
-        train(module, rung.task.train, objective, rung.settings, rung.seed, progress=rung.progress)
+        _train(pruned.module, objective, means)
+        return pruned
 
     return distil
 
 
-RUNGS: dict[str, Callable[[nn.Module, _Rung], None]] = {
+def _distil_features(pruned: Pruned, means: _Means) -> Pruned:
+    """Distillation, and the mean of `feature_matching` over the nodes that are compared."""
+    survivors = Survivors(pruned.original, pruned.plan.keep)
+    names = matched_nodes(pruned.graph, survivors)
+    student = sharing(pruned.graph, pruned.module)
+    dense = PortableModule(pruned.original).to(device_of(pruned.module)).eval()
+    own, wanted = observe(student, names), observe(dense, names)
+    teacher: nn.Module = dense
+    if means.teacher is not pruned.original.source:
+        teacher = copy.deepcopy(means.teacher).to(device_of(pruned.module)).eval()
+
+    def objective(logits: Tensor, inputs: Inputs, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = predict(dense, inputs)
+            target = target if teacher is dense else predict(teacher, inputs)
+        loss = _mixed(_plain, _SOFT, _HARD, means.task, logits, target, labels)
+        if not names:
+            return loss
+        apart = [feature_matching(own[name], survivors.part(name, wanted[name])) for name in names]
+        return loss + _FEATURES * torch.stack(apart).mean()
+
+    _train(student, objective, means)
+    note = f"features of {len(names)} nodes distilled from the network that was cut"
+    return dataclasses.replace(pruned, notes=(*pruned.notes, note))
+
+
+def _train(model: nn.Module, objective: Objective, means: _Means) -> None:
+    train(model, means.task.train, objective, means.settings, means.seed, progress=means.progress)
+
+
+def _mixed(
+    soft: _SoftLoss, weight: float, hard: float, task: Task, logits: Tensor, target: Tensor, labels: Tensor
+) -> Tensor:
+    """Distillation and the task's own loss, weighted."""
+    student, teacher = _classes_last(logits, labels), _classes_last(target, labels)
+    return weight * soft(student, teacher, labels) + hard * task.criterion(logits, labels)
+
+
+def _classes_last(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits of shape (batch, classes, ...) with a label for each position, as distillation takes them."""
+    by_position = logits.ndim > 2 and labels.shape == logits.shape[:1] + logits.shape[2:]
+    return logits.movedim(1, -1) if by_position else logits
+
+
+def _plain(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    return distillation(student, teacher)
+
+
+def _standardised(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    return standardised_distillation(student, teacher)
+
+
+RUNGS: dict[str, _Rung] = {
     "recalibrate": _recalibrate,
+    "absorb": _absorb,
+    "norm_scale": _norm_scale,
+    "least_squares": _least_squares,
     "finetune": _finetune,
-    "kd": _distil(distillation, weight=0.9, hard=0.1),  # alpha = 0.9, T = 4: Dong and Yang (2019), arXiv 1905.09717
-    "kd_standardised": _distil(standardised_distillation, weight=9.0, hard=0.1),  # the weights of arXiv 2403.01643
+    "kd": _distil(_plain, weight=_SOFT, hard=_HARD),
+    "kd_standardised": _distil(_standardised, weight=9.0, hard=0.1),  # the weights of arXiv 2403.01643
+    "kd_decoupled": _distil(decoupled_distillation, weight=1.0, hard=1.0),  # those of arXiv 2203.08679, no warm-up
+    "kd_features": _distil_features,
 }

@@ -122,7 +122,7 @@ def train(
     """
     run = _Run(model, _optimizer(model, settings), loader, objective, settings, seed)
     path = None if checkpoint is None else Path(checkpoint)
-    with _seeded(model, loader, seed), evaluating(model):
+    with seeded(model, loader, seed), evaluating(model):
         losses = run.restore(path) if path is not None and path.exists() else []
         for epoch in range(len(losses), settings.epochs):
             before = run.state()
@@ -136,6 +136,18 @@ def train(
                 run.save(path, losses)
         run.average.store()
     return losses
+
+
+@contextlib.contextmanager
+def seeded(model: nn.Module, loader: Loader, seed: int) -> Iterator[None]:
+    """Seeds torch and a loader's own `generator`, and puts torch's random state back at the end."""
+    device = device_of(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        generator = _generator(loader)
+        if generator is not None:
+            generator.manual_seed(seed)
+        yield
 
 
 class _Average:
@@ -325,17 +337,6 @@ def _generator(loader: Loader) -> torch.Generator | None:
     """The source of randomness of a `Batches` or a torch `DataLoader`; both carry it under this name."""
     generator = getattr(loader, "generator", None)
     return generator if isinstance(generator, torch.Generator) else None
-
-
-@contextlib.contextmanager
-def _seeded(model: nn.Module, loader: Loader, seed: int) -> Iterator[None]:
-    device = device_of(model)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        generator = _generator(loader)
-        if generator is not None:
-            generator.manual_seed(seed)
-        yield
 
 
 def _autocast(model: nn.Module, low_precision: bool) -> torch.autocast:

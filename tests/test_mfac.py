@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import metaprune as mp
 from metaprune.criteria import CRITERIA, Evidence, Weights
-from metaprune.data import digits
+from metaprune.datasets import digits
 from metaprune.graphs.errors import OptionError
 from metaprune.mfac import DAMPING, InverseFisher, departures, marginal_losses
 from metaprune.statistics import collect

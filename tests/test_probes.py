@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import metaprune as mp
 from metaprune import probes
-from metaprune.data import digits
+from metaprune.datasets import digits
 from metaprune.graphs.errors import OptionError, PlanError
 from metaprune.graphs.plan import Plan
 from metaprune.losses import cross_entropy

@@ -41,6 +41,8 @@ LAYERS = (
         "metaprune.curvature",
         "metaprune.removal",
         "metaprune.obs_update",
+        "metaprune.compensation",
+        "metaprune.features",
     ),
     ("metaprune.search", "metaprune.search.*"),
     ("metaprune", "metaprune.*"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import metaprune as mp
-from metaprune.data import digits
+from metaprune.datasets import digits
 from metaprune.demo import ResNet
 from metaprune.graphs.errors import BudgetInfeasible, OptionError
 from metaprune.graphs.plan import Plan

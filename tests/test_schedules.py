@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import metaprune as mp
 from metaprune import schedules
-from metaprune.data import Batches, digits
+from metaprune.data import Batches
+from metaprune.datasets import digits
 from metaprune.demo import ResNet
 from metaprune.graphs.errors import BudgetInfeasible, OptionError, PlanError
 from metaprune.graphs.ir import Graph
