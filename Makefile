@@ -12,7 +12,7 @@ EXTRAS := dev,onnx,demo
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: demo test lint bench-coverage bench-scaling nightly clean
+.PHONY: demo test lint bench-coverage bench-scaling bench-accuracy nightly clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -41,6 +41,9 @@ bench-coverage: $(BENCH)/.installed
 
 bench-scaling: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/scaling.py
+
+bench-accuracy: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/accuracy.py
 
 # Apart from .venv: torchvision works only beside the torch build it was made for, so both come in one request.
 $(BENCH)/.installed: pyproject.toml

@@ -28,17 +28,12 @@ from accuracy_report import write_report
 from torch import Tensor, nn
 
 import metaprune as mp
-from metaprune.data import Batches
-from metaprune.evaluation import evaluate
-from metaprune.graphs.ir import Graph
-from metaprune.recovery import recalibrate
-from metaprune.training import train
 
 HERE = Path(__file__).resolve().parent
 BUDGETS = (0.5, 0.25, 0.125)
 SEEDS = {"flatten CNN": 5, "ResNet-8": 5, "ResNet-20": 3, "small VGG": 3}
 SAMPLES = 500
-ON_DATA = {"taylor", "fisher"}
+ON_DATA = {"taylor", "fisher", "fisher_block", "obspa"}
 DENSE_EPOCHS = 1.5  # what a trained arm may spend, in epochs of the dense network
 
 
@@ -49,9 +44,9 @@ class Case:
     name: str
     seed: int
     model: nn.Module
-    graph: Graph
-    train: Batches
-    test: Batches
+    graph: Any
+    train: mp.Batches
+    test: mp.Batches
     calibration: list[tuple[Tensor, Tensor]]
 
     @property
@@ -79,7 +74,20 @@ def _planned(criterion: str, allocator: str, least_squares: bool = False) -> Arm
         if least_squares:
             pruned = mp.reconstruct(pruned, case.calibration, seed=case.seed)
         else:
-            recalibrate(pruned.module, case.calibration)
+            mp.recalibrate(pruned.module, case.calibration)
+        return _made(pruned)
+
+    return arm
+
+
+def _obspa(noise: bool) -> Arm:
+    """OBSPA's scores and weight update, calibrated on images or on noise; batch norms on images."""
+
+    def arm(case: Case, budget: float) -> Made:
+        data: Any = "noise" if noise else case.calibration
+        plan = mp.plan(case.graph, f"macs={budget}", "obspa", "global", data, seed=case.seed)
+        pruned = mp.obs_update(mp.apply(case.graph, plan), data, SAMPLES, case.seed)
+        mp.recalibrate(pruned.module, case.calibration)
         return _made(pruned)
 
     return arm
@@ -114,7 +122,7 @@ def _torch_pruning(global_: bool) -> Arm:
                 high, best = middle, made
             else:
                 low = middle
-        recalibrate(best[0], case.calibration)
+        mp.recalibrate(best[0], case.calibration)
         return best
 
     return arm
@@ -129,17 +137,22 @@ WITHOUT_TRAINING: dict[str, Arm] = {
     "Torch-Pruning, local": _torch_pruning(global_=False),
     "Torch-Pruning, global": _torch_pruning(global_=True),
     "Fisher, cost": _planned("fisher", "cost"),
+    "block Fisher, cost": _planned("fisher_block", "cost"),
+    "OBSPA with its update, real images": _obspa(noise=False),
+    "OBSPA with its update, noise": _obspa(noise=True),
     "L2, uniform + least squares": _planned("magnitude", "uniform", True),
     "L2 over mean + least squares": _planned("magnitude", "global", True),
     "Taylor + least squares": _planned("taylor", "global", True),
+    "OBSPA + least squares": _planned("obspa", "global", True),
     "Fisher, cost + least squares": _planned("fisher", "cost", True),
+    "block Fisher, cost + least squares": _planned("fisher_block", "cost", True),
 }
 
 
 class _Steps:
     """A loader's batches, again and again, up to a number of steps."""
 
-    def __init__(self, batches: Batches, steps: int) -> None:
+    def __init__(self, batches: mp.Batches, steps: int) -> None:
         self.batches, self.steps, self.generator = batches, steps, batches.generator
 
     def __len__(self) -> int:
@@ -172,7 +185,7 @@ def _trained(start: Arm, scratch: bool = False) -> Arm:
                 if hasattr(part, "reset_parameters"):
                     part.reset_parameters()
         loader = _Steps(case.train, _steps(case, macs, teacher=False))
-        train(module, loader, fashion.objective, fashion.settings(1), case.seed)
+        mp.train(module, loader, fashion.objective, fashion.settings(1), case.seed)
         return module, macs, params
 
     return arm
@@ -191,12 +204,12 @@ def _distilled(recipe: str) -> Arm:
 
 
 WITH_TRAINING: dict[str, Arm] = {
-    "from scratch": _trained(WITHOUT_TRAINING["Fisher, cost"], scratch=True),
+    "from scratch": _trained(WITHOUT_TRAINING["block Fisher, cost"], scratch=True),
     "random, uniform, fine-tuned": _trained(WITHOUT_TRAINING["random, uniform"]),
     "L2 over mean, fine-tuned": _trained(WITHOUT_TRAINING["L2 over mean"]),
     "Torch-Pruning, local, fine-tuned": _trained(WITHOUT_TRAINING["Torch-Pruning, local"]),
     "Torch-Pruning, global, fine-tuned": _trained(WITHOUT_TRAINING["Torch-Pruning, global"]),
-    "closed form, fine-tuned": _trained(WITHOUT_TRAINING["Fisher, cost + least squares"]),
+    "closed form, fine-tuned": _trained(WITHOUT_TRAINING["block Fisher, cost + least squares"]),
     "closed form, distilled": _distilled("kd_standardised"),
 }
 TABLES = {"none": WITHOUT_TRAINING, "equal FLOPs": WITH_TRAINING}
@@ -215,6 +228,7 @@ def rows(trained: bool) -> Iterator[tuple[str, int, float, str, str]]:
 
 
 def main() -> None:
+    """Measures, or writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", default="0/1", help="this process's share of the networks and seeds: number/of")
     parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "accuracy")
@@ -243,8 +257,8 @@ def _measure(out: Path, part: int, parts: int, trained: bool) -> None:
             spent = time.process_time() - start
             row = {
                 "key": key,
-                "score": evaluate(module, case.test),
-                "dense": evaluate(case.model, case.test),
+                "score": mp.evaluate(module, case.test),
+                "dense": mp.evaluate(case.model, case.test),
                 "macs": macs / case.macs,
                 "params": params / case.graph.cost().params,
                 "cpu_seconds": round(spent, 2),

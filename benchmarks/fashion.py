@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from metaprune.data import Batches
-from metaprune.datasets import fashion_mnist
-from metaprune.training import Settings, train
+import metaprune as mp
 
-Data = tuple[Batches, Batches, Batches]
+Data = tuple[mp.Batches, mp.Batches, mp.Batches]
 
 
 class Flatten(nn.Sequential):
@@ -86,17 +84,17 @@ def objective(logits: Tensor, inputs: object, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels)
 
 
-def settings(epochs: int) -> Settings:
+def settings(epochs: int) -> mp.Settings:
     """The one recipe of all training in the benchmark."""
-    return Settings(epochs=epochs, lr=0.05, channels_last=True)
+    return mp.Settings(epochs=epochs, lr=0.05, channels_last=True)
 
 
 def data(seed: int) -> Data:
     """20,000 images to train on, 5,000 to choose by, 10,000 to report on."""
-    return fashion_mnist(subset=20_000, validation=5_000, size=128, seed=seed)
+    return mp.fashion_mnist(subset=20_000, validation=5_000, size=128, seed=seed)
 
 
-def dense(name: str, seed: int, batches: Batches, folder: Path) -> nn.Module:
+def dense(name: str, seed: int, batches: mp.Batches, folder: Path) -> nn.Module:
     """The trained network; it is trained once and kept in a file."""
     torch.manual_seed(seed)
     model = NETWORKS[name]()
@@ -104,7 +102,7 @@ def dense(name: str, seed: int, batches: Batches, folder: Path) -> nn.Module:
     if path.exists():
         model.load_state_dict(load_file(path))
     else:
-        train(model, batches, objective, settings(EPOCHS), seed)
+        mp.train(model, batches, objective, settings(EPOCHS), seed)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     return model.eval()

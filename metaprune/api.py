@@ -110,11 +110,11 @@ def plan(
         graph: The network.
         budget: What is kept: `"macs=0.5"`, `"params=0.3"`, `"bytes=0.5"`, several joined by commas, or `"width=0.5"`
             (that fraction of every group). A cost is never exceeded and falls short by at most 2 % or one unit.
-        criterion: How units are scored; see `metaprune.criteria.CRITERIA`. By default `"fisher"` when there are data,
-            else `"magnitude"`.
+        criterion: How units are scored; see `metaprune.criteria.CRITERIA`. By default `"fisher_block"` when there are
+            data, else `"magnitude"`.
         allocator: How many units each group keeps: `"uniform"`, `"global"`, `"sap"` (more is taken from groups whose
             scores are uneven) or `"cost"` (importance removed per cost removed, for scores that add up: the default
-            for `"fisher"`; otherwise `"global"` is).
+            for `"fisher"` and `"fisher_block"`; otherwise `"global"` is).
         data: Batches of inputs or of (inputs, labels) for criteria that look at data; at most 256 samples are used.
         round_to: Kept channel counts are multiples of this.
         protect: Globs of groups or tensors that stay whole.
@@ -175,9 +175,9 @@ def prune(
     Should a cut fail its certificate, the groups at fault are found by bisection, kept whole with a note, and the
     plan is made again.
 
-    With `data` the default is the closed-form core: units are chosen by `criterion="fisher"` and `allocator="cost"`,
-    and the weights of what remains are fitted to the dense network's responses by `metaprune.reconstruct`, all without
-    labels and without training. The certificate is of the cut, before the weights are fitted.
+    With `data` the default is the closed-form core: units are chosen by `criterion="fisher_block"` and
+    `allocator="cost"`, and the weights of what remains are fitted to the dense network's responses by
+    `metaprune.reconstruct`, all without labels and without training. The certificate is of the cut, before the weights are fitted.
 
     Args, beyond those of `trace`, `plan` and `apply`: reconstruct: Whether weights are fitted; by default when there
         are data.

@@ -201,7 +201,7 @@ def obspa(group: Group, evidence: Evidence) -> Tensor:
 
     OBSPA of Structurally Prune Anything (arXiv 2403.18955), by the optimal brain surgeon's closed form (see
     `metaprune.removal.removal_error`), summed over the layers, over the group's mean. Where no linear layer reads the
-    units, `magnitude`, which has the same mean. `metaprune.obs_update.obs_update` carries out what it assumes.
+    units, `magnitude`, which has the same mean. `metaprune.obs_update` carries out what it assumes.
     """
     return _of_readers(group, evidence, removal_error)
 

@@ -36,7 +36,7 @@ def make_plan(
 ) -> Plan:
     """See `metaprune.plan`."""
     goal = Budget.parse(budget)
-    criterion = criterion or ("magnitude" if data is None else "fisher")
+    criterion = criterion or ("magnitude" if data is None else "fisher_block")
     allocator = allocator or ("cost" if criteria.find(criterion).additive else "global")
     allocate = find_allocator(allocator)
     if type(round_to) is not int or round_to < 1:

@@ -138,7 +138,8 @@ def train_pruned(
     with seeded(seed, task.train, data):
         prune(0)
         train(module, task.train, objective, settings, seed, progress=after)
-        recalibrate(module, task.train)
+        with seeded(seed, task.train):  # the batches that `recover` measures on
+            recalibrate(module, task.train)
     pruned = finalise(graph, module.values, masked.plan)
     note = f"pruned while training: schedule {schedule}, {steps} steps, {epochs} epochs, seed {seed}"
     return dataclasses.replace(pruned, module=pruned.module.eval(), notes=(*pruned.notes, note))

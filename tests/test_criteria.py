@@ -169,7 +169,7 @@ def test_every_criterion_prunes(name: str, allocator: str) -> None:
 def test_data_choose_the_default() -> None:
     graph = mp.trace(convolutional(), torch.randn(2, 3, 6, 6))
     with_data = mp.plan(graph, data=[torch.randn(8, 3, 6, 6)]).provenance
-    assert (with_data["criterion"], with_data["allocator"], with_data["samples"]) == ("fisher", "cost", 8)
+    assert (with_data["criterion"], with_data["allocator"], with_data["samples"]) == ("fisher_block", "cost", 8)
     without = mp.plan(graph).provenance
     assert (without["criterion"], without["allocator"], without["samples"]) == ("magnitude", "global", 0)
 

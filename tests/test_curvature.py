@@ -20,7 +20,7 @@ from metaprune.graphs.groups import Group
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.linear import linear_layers
 from metaprune.graphs.replay import Replay
-from metaprune.obs_update import compensated, obs_update
+from metaprune.brain_surgeon import compensated, obs_update
 from metaprune.removal import removal_error
 from metaprune.statistics import collect_second_moments
 from metaprune.training import Settings, train

@@ -40,7 +40,7 @@ LAYERS = (
         "metaprune.recovery*",
         "metaprune.curvature",
         "metaprune.removal",
-        "metaprune.obs_update",
+        "metaprune.brain_surgeon",
         "metaprune.compensation",
         "metaprune.features",
     ),

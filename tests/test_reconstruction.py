@@ -321,7 +321,7 @@ def test_digits_survive_without_training() -> None:
     magnitude = mp.prune(graph, budget="macs=0.25")
     recalibrate(magnitude.module, plain)
     core = mp.prune(graph, budget="macs=0.25", data=plain)
-    assert core.plan.provenance["criterion"] == "fisher"
+    assert core.plan.provenance["criterion"] == "fisher_block"
     assert core.certificate is not None
     assert core.certificate.ok
     assert any("least squares" in note for note in core.notes)
