@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from metaprune.api import Pruned, apply, load, plan, prune, trace
+    from metaprune.brain_surgeon import obs_update
     from metaprune.data import Batches
     from metaprune.datasets import cifar, digits, fashion_mnist
     from metaprune.evaluation import evaluate
     from metaprune.graphs.certificate import Certificate
     from metaprune.graphs.errors import BudgetInfeasible, MetapruneError
     from metaprune.graphs.plan import Plan
-    from metaprune.brain_surgeon import obs_update
     from metaprune.prune_aware import train_tolerant
     from metaprune.reconstruction import reconstruct
     from metaprune.recovery import recalibrate, recover

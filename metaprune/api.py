@@ -177,7 +177,8 @@ def prune(
 
     With `data` the default is the closed-form core: units are chosen by `criterion="fisher_block"` and
     `allocator="cost"`, and the weights of what remains are fitted to the dense network's responses by
-    `metaprune.reconstruct`, all without labels and without training. The certificate is of the cut, before the weights are fitted.
+    `metaprune.reconstruct`, all without labels and without training. The certificate is of the cut, before the weights
+    are fitted.
 
     Args, beyond those of `trace`, `plan` and `apply`: reconstruct: Whether weights are fitted; by default when there
         are data.

@@ -184,6 +184,7 @@ def test_a_loader_of_dicts_and_of_tuples() -> None:
             out: Tensor = self.c(torch.relu(self.a(x)) * self.b(y))
             return out
 
+    torch.manual_seed(0)
     net, x = oracle.alive(Two()), torch.randn(6, 5)
     named = mp.trace(net, {"x": x[:2], "y": x[:2]})
     placed = mp.trace(net, (x[:2], x[:2]))

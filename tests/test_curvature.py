@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import metaprune as mp
+from metaprune.brain_surgeon import compensated, obs_update
 from metaprune.criteria import CRITERIA, Evidence, Weights, magnitude
 from metaprune.curvature import RIDGE, collect_columns
 from metaprune.datasets import Batches, digits
@@ -20,7 +21,6 @@ from metaprune.graphs.groups import Group
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.linear import linear_layers
 from metaprune.graphs.replay import Replay
-from metaprune.brain_surgeon import compensated, obs_update
 from metaprune.removal import removal_error
 from metaprune.statistics import collect_second_moments
 from metaprune.training import Settings, train
