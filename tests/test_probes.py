@@ -252,13 +252,13 @@ def test_pqi_of_weights_and_of_unit_scores(task: mp.Task, graph: Any) -> None:
 
 
 def test_pqi_knows_its_extremes_and_no_scale(graph: Any) -> None:
-    from metaprune.probes.widths import _pq_index
+    from metaprune.search.pqi import pq_index
 
-    assert _pq_index(np.full(7, 3.0), 0.5, 1.0) == pytest.approx(0, abs=1e-12)
-    assert _pq_index(np.eye(7)[2], 0.5, 1.0) == pytest.approx(1 - 1 / 7, abs=1e-12)
+    assert pq_index(np.full(7, 3.0), 0.5, 1.0) == pytest.approx(0, abs=1e-12)
+    assert pq_index(np.eye(7)[2], 0.5, 1.0) == pytest.approx(1 - 1 / 7, abs=1e-12)
     values = np.random.default_rng(0).normal(size=50)
-    assert _pq_index(1e250 * values, 0.5, 2.0) == pytest.approx(_pq_index(values, 0.5, 2.0), rel=1e-12)
-    assert _pq_index(np.zeros(4), 0.5, 1.0) == 0
+    assert pq_index(1e250 * values, 0.5, 2.0) == pytest.approx(pq_index(values, 0.5, 2.0), rel=1e-12)
+    assert pq_index(np.zeros(4), 0.5, 1.0) == 0
 
 
 @pytest.mark.parametrize(

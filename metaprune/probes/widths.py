@@ -6,9 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike
 
 from metaprune.api import apply, plan
 from metaprune.data import Loader
@@ -18,6 +16,7 @@ from metaprune.graphs.plan import Plan
 from metaprune.graphs.surgery import cut
 from metaprune.planning import unit_scores
 from metaprune.recovery import recalibrate
+from metaprune.search.pqi import pq_index
 from metaprune.task import Task
 
 SAMPLES = 4096
@@ -201,19 +200,9 @@ def pqi_curve(
         keep = plan(graph, f"width={width}", criterion, data=data, seed=seed).keep
         for group, values in zip(free, scores, strict=True):
             alive = values[list(keep.get(group.name, range(group.size)))]
-            points.append(PqiPoint(width, group.name, len(alive), _pq_index(alive, p, q)))
+            points.append(PqiPoint(width, group.name, len(alive), pq_index(alive, p, q)))
         smaller = cut(graph, keep).graph
         matrices = [info.name for info in smaller.tensors.values() if info.kind == "parameter" and len(info.shape) > 1]
         weights = torch.cat([smaller.values[name].detach().flatten().double().cpu() for name in matrices])
-        points.append(PqiPoint(width, None, len(weights), _pq_index(weights.numpy(), p, q)))
+        points.append(PqiPoint(width, None, len(weights), pq_index(weights.numpy(), p, q)))
     return PqiCurve(tuple(points))
-
-
-def _pq_index(values: ArrayLike, p: float, q: float) -> float:
-    """1 - d^(1/q - 1/p) |w|_p / |w|_q of d values (Diao et al. 2023): 0 when all have the same size."""
-    sizes = np.abs(np.asarray(values, dtype=float))
-    if not sizes.any():
-        return 0.0
-    sizes = sizes / sizes.max()  # the index does not depend on the scale; powers can overflow
-    ratio = np.sum(sizes**p) ** (1 / p) / np.sum(sizes**q) ** (1 / q)
-    return float(1 - len(sizes) ** (1 / q - 1 / p) * ratio)
