@@ -68,7 +68,7 @@ def _tables(rows: list[dict[str, Any]]) -> str:
     full = ", ".join(f"{name} {statistics.mean(v for (n, _), v in dense.items() if n == name):.1f}" for name in names)
     within = ", ".join(f"{budget:g}: {min(v):.3f} to {max(v):.3f}" for budget, v in sorted(reached.items()))
     cases = len({tuple(row["key"][:4]) for row in rows})
-    return "\n\n".join([*texts, f"{cases} cells of network, seed and budget. Dense: {full}. MACs reached: {within}."])
+    return "\n\n".join([*texts, f"{cases} cells of network, seed and budget. Dense: {full}. MACs reached: {within}.\n"])
 
 
 def _mean(scores: Scores, table: str, arm: str) -> float:
