@@ -53,7 +53,7 @@ def needed(scores: NDArray[np.floating[Any]], p: float = P, q: float = Q, eta: f
 
         r >= d * (1 + eta)^(-q / (q - p)) * (1 - I)^(p * q / (q - p)),
 
-    theorem 1 of the paper.
+    theorem 1 of the paper. It is d where all scores are 0.
 
     Args:
         scores: Shape [d].
