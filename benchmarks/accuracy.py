@@ -128,6 +128,11 @@ def _torch_pruning(global_: bool) -> Arm:
     return arm
 
 
+def _closed_form(case: Case, budget: float) -> Made:
+    """What `metaprune.prune` does by default when it has data."""
+    return _made(mp.prune(case.graph, budget=f"macs={budget}", data=case.calibration, seed=case.seed))
+
+
 WITHOUT_TRAINING: dict[str, Arm] = {
     "random, uniform": _planned("random", "uniform"),
     "L2, uniform": _planned("magnitude", "uniform"),
@@ -146,6 +151,7 @@ WITHOUT_TRAINING: dict[str, Arm] = {
     "OBSPA + least squares": _planned("obspa", "global", True),
     "Fisher, cost + least squares": _planned("fisher", "cost", True),
     "block Fisher, cost + least squares": _planned("fisher_block", "cost", True),
+    "closed form (default)": _closed_form,
 }
 
 

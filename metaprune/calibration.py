@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from metaprune.graphs.ir import Graph, Meta
 from metaprune.graphs.structure import put_together, take_apart
 
 NOISE = "noise"
+Leaves: TypeAlias = dict[str, Tensor]
+"""Values of a graph's input nodes, by node."""
 
 
 def samples_of(graph: Graph, data: Any, seed: int = 0) -> Iterator[Any]:
@@ -50,16 +52,26 @@ def repeatable(data: Any) -> Any:
     return list(data) if isinstance(data, Iterator) else data
 
 
-def batches_of(graph: Graph, data: Any, size: int, samples: int, seed: int = 0) -> list[dict[str, Tensor]]:
+def batches_of(graph: Graph, data: Any, size: int, samples: int, seed: int = 0) -> list[Leaves]:
     """Batches of at most `size` samples, as values of the graph's input nodes on the graph's device.
 
     Raises:
         OptionError: See `samples_of`; or there are no samples, or they do not fit the network.
     """
-    device = next((value.device for value in graph.values.values()), torch.device("cpu"))
+    return joined(graph, leaves_of(graph, data, samples, seed), size)
+
+
+def leaves_of(graph: Graph, data: Any, samples: int, seed: int = 0) -> list[Leaves]:
+    """The first samples, at most so many, as values of the graph's input nodes; for errors see `batches_of`."""
     leaves = [input_leaves(graph, sample) for sample in islice(samples_of(graph, data, seed), samples)]
     if not leaves:
         raise OptionError("data: there are no samples")
+    return leaves
+
+
+def joined(graph: Graph, leaves: Sequence[Leaves], size: int) -> list[Leaves]:
+    """Samples put together to batches of at most `size`, on the graph's device; for errors see `batches_of`."""
+    device = next((value.device for value in graph.values.values()), torch.device("cpu"))
     found = []
     for first in range(0, len(leaves), size):
         part = leaves[first : first + size]
@@ -79,6 +91,14 @@ def tensors_in(value: Any) -> list[Tensor]:
     """All tensors of a nested value, in order."""
     found: list[Tensor] = []
     take_apart(value, found.append, lambda _, other: None)
+    return found
+
+
+def outputs_in(output: Any) -> list[Tensor]:
+    """The floating-point tensors of a network's output; raises `OptionError` when there are none."""
+    found = [t for t in tensors_in(output) if t.is_floating_point()]
+    if not found:
+        raise OptionError("data: the network gives no floating-point output")
     return found
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metaprune.calibration import batch_size, batches_of
+from metaprune.calibration import Leaves, batch_size, joined, leaves_of
 from metaprune.graphs import operators
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.ir import Graph, Meta
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 SAMPLES = 500
 MEMORY = 2 << 30
-_ROWS_PER_COLUMN = 8
-_ROWS = 16384
+ROWS = 16384
+ROWS_PER_COLUMN = 8
 _CHUNK = 32
 _FOLDS = 5
 _SAME = 1e-5
@@ -67,7 +67,8 @@ def reconstruct(pruned: Pruned, data: Any, samples: int = SAMPLES, memory: int =
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     now = {name: own.get(name, value).detach() for name, value in pruned.graph.values.items()}
     with torch.no_grad():
-        fit = _Fit(pruned.original, pruned.graph, now, pruned.plan.keep, data, samples, memory, seed)
+        leaves = leaves_of(pruned.original, data, samples, seed)
+        fit = Fit(pruned.original, pruned.graph, now, pruned.plan.keep, leaves, memory, seed)
         fit.run()
         for name in fit.changed:
             own[name].copy_(fit.values[name])
@@ -75,8 +76,15 @@ def reconstruct(pruned: Pruned, data: Any, samples: int = SAMPLES, memory: int =
     return dataclasses.replace(pruned, module=module, notes=(*pruned.notes, note))
 
 
-class _Fit:
-    """One reconstruction in progress."""
+class Fit:
+    """One reconstruction in progress.
+
+    Attributes:
+        values: The cut graph's tensors; those that are fitted are changed by `run`.
+        changed: Names of the tensors that were.
+        fitted: Number of layers.
+        samples: Number of samples they were fitted on.
+    """
 
     def __init__(
         self,
@@ -84,23 +92,28 @@ class _Fit:
         cut: Graph,
         values: Mapping[str, Tensor],
         keep: Mapping[str, tuple[int, ...]],
-        data: Any,
-        samples: int,
-        memory: int,
-        seed: int,
+        leaves: Sequence[Leaves],
+        memory: int = MEMORY,
+        seed: int = 0,
+        rows: int = ROWS,
+        rows_per_column: int = ROWS_PER_COLUMN,
     ) -> None:
+        """Takes a graph, its cut, the tensors to start from, the plan's edits and the samples, one at a time.
+
+        A layer is fitted on `rows` positions, or on `rows_per_column` for each of its columns where that is more.
+        """
         self.values = {name: value.clone() for name, value in values.items()}
         self.changed: set[str] = set()
         self.fitted = 0
         self._graph = cut
+        self._rows, self._rows_per_column = rows, rows_per_column
         self._survivors = Survivors(dense, keep)
         self._generator = torch.Generator().manual_seed(seed)
         layers = {n: layer for n, layer in linear_layers(cut).items() if _alike(dense, cut, layer)}
         self._responses = responses(cut, layers)
-        samples = max(_FOLDS, min(samples, memory // (_peak(dense) + _peak(cut))))
-        size = batch_size(dense) or max(1, min(_CHUNK, samples // _FOLDS))
-        batches = batches_of(dense, data, size, samples, seed)
-        self.samples = min(samples, size * len(batches))
+        leaves = leaves[: max(_FOLDS, memory // (_peak(dense) + _peak(cut)))]
+        batches = joined(dense, leaves, batch_size(dense) or max(1, min(_CHUNK, len(leaves) // _FOLDS)))
+        self.samples = len(leaves)
         inputs = frozenset(response.layer.input for response in self._responses.values())
         goals = Counter(response.target for response in self._responses.values())
         halves = Counter(response.other for response in self._responses.values() if response.other)
@@ -142,7 +155,7 @@ class _Fit:
         norm = self._cut.function(response.norm, layer.node) if response.norm else None
         outputs = self.values[layer.weight].numel() // (layer.groups * layer.width)
         made = [Moments.zeros(layer.groups, layer.width, outputs, inputs[0].device) for _ in range(2)]
-        most = -(-max(_ROWS, _ROWS_PER_COLUMN * layer.width) // len(inputs))
+        most = -(-max(self._rows, self._rows_per_column * layer.width) // len(inputs))
         for number, (value, goal, other) in enumerate(zip(inputs, goals, others, strict=True)):
             wish = self._survivors.part(response.target, goal)
             wish = wish if other is None else wish - other
@@ -150,7 +163,7 @@ class _Fit:
                 start = own(number, value)
                 start = start if norm is None else norm(number, start)
                 wish = response.wish(wish, start, self._cut, number)
-            rows = self._rows(layer.positions(wish), most, wish.device)
+            rows = self._chosen(layer.positions(wish), most, wish.device)
             columns, wishes = layer.columns(value, rows).float(), layer.outputs(wish, rows).float()
             if columns.shape[1] != wishes.shape[1]:
                 return None
@@ -160,7 +173,7 @@ class _Fit:
             raise MetapruneError(f"reconstruct: values around {layer.node} are not finite")
         return made[0], made[1]
 
-    def _rows(self, count: int, most: int, device: torch.device) -> Tensor | None:
+    def _chosen(self, count: int, most: int, device: torch.device) -> Tensor | None:
         """A random choice of rows where there are more than the fit needs."""
         if count <= most:
             return None
