@@ -45,9 +45,11 @@ def sparse(case: Case) -> tuple[nn.Module, float]:
     """The dense network after sparse learning, and the CPU seconds it took; no budget and no ranking enters.
 
     The loop is that of the published experiments: the penalty is added to the gradients before each step, groups are
-    collected anew once per epoch, and weights decay by the penalty alone. Learning rates are those of every training
-    here, since half of the allowance is far less than the 100 epochs it was published with; for the same reason the
-    coefficient is ten times the published 5e-4.
+    collected anew once per epoch, and weights do not decay otherwise. The other settings are those of all training
+    here. Half of the allowance is far less than the 100 epochs it was published with, so the coefficient is larger
+    than the published 5e-4: after fine-tuning at an eighth of the multiply-adds 5e-3 was best on the validation images
+    of two networks, seed 0 (ResNet-8, local ranking: 86.0 % with 5e-4, 87.5 % with 5e-3, 85.8 % with 5e-2), and ranking
+    with the mean as normaliser, the library's default, at least as good as with the published maximum.
     """
     import torch_pruning as tp
 
