@@ -186,7 +186,7 @@ def _visit(flow: Flow, node: Node) -> None:
         except Unmatched:
             axes = None
     if axes is None:
-        from metaprune.graphs.dye import infer
+        from metaprune.graphs.inference import infer
 
         axes = infer(flow, node)
     metas = [node.meta] if isinstance(node.meta, Meta) else list(node.meta)

@@ -111,11 +111,11 @@ def cifar(
         directory: Folder with `data_batch_1.bin` to `data_batch_5.bin` and `test_batch.bin` (CIFAR-10), or
             `train.bin` and `test.bin` (CIFAR-100).
         classes: 10 or 100; None to tell by the files.
-        subset: Images to train on, drawn from those that do not validate; None for all of them.
-        validation: Images split off the training set. They are the same for every `subset`.
+        subset: See `fashion_mnist`, as for all that follow.
+        validation: Images split off the training set.
         size: Examples per batch.
-        seed: Of the split, the order and the augmentation.
-        augment: Of the training images, after normalisation.
+        seed: Of all that is drawn.
+        augment: Of the training images.
 
     Returns:
         Batches to train on, to validate with, and to test with. Images are (n, 3, 32, 32) float32, each channel with

@@ -48,6 +48,8 @@ class _Means:
 _Rung: TypeAlias = "Callable[[Pruned, _Means], Pruned]"
 _SoftLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Function of the logits of student and teacher, shape (..., classes), and the labels."""
+Watch: TypeAlias = Callable[[nn.Module, int, int], None]
+"""Called after each training step with the network, the number of steps done and the number of steps of the rung."""
 
 
 def recover(
@@ -58,6 +60,7 @@ def recover(
     epochs: int = 3,
     seed: int = 0,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Pruned:
     """Repairs and trains a pruned network back.
 
@@ -79,6 +82,8 @@ def recover(
         epochs: Passes over the training data of each rung that trains.
         seed: Of every random choice; equal seeds on one thread give equal weights to the bit.
         progress: Called after each training step with the steps done and the steps of the rung.
+        watch: Called after each training step with the network as it is then, to score it on the way for instance, the
+            steps done and the steps of the rung. It leaves the network as it is, and torch's random state too.
 
     Returns:
         The same pruned network with recovered weights, in eval mode. Its certificate speaks of the cut, not of what
@@ -93,8 +98,15 @@ def recover(
     for name in names:
         if name not in RUNGS:
             raise OptionError(f"recipe: {name!r} is unknown, choose from {', '.join(sorted(RUNGS))}, joined by '+'")
-    means = _Means(task, task.model if teacher is None else teacher, Settings(epochs=epochs), seed, progress)
     recovered = dataclasses.replace(pruned, module=copy.deepcopy(pruned.module))
+
+    def after(done: int, total: int) -> None:
+        if progress is not None:
+            progress(done, total)
+        if watch is not None:
+            watch(recovered.module, done, total)
+
+    means = _Means(task, task.model if teacher is None else teacher, Settings(epochs=epochs), seed, after)
     for name in names:
         with seeded(recovered.module, task.train, seed):
             recovered = RUNGS[name](recovered, means)

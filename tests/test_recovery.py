@@ -153,6 +153,23 @@ def test_progress_counts_every_step(task: mp.Task, pruned: mp.Pruned) -> None:
     assert seen == [(step, steps) for step in range(1, steps + 1)]
 
 
+@pytest.mark.parametrize("recipe", ["finetune", "kd_features"])
+def test_watching_sees_the_network_on_its_way_and_disturbs_nothing(
+    task: mp.Task, pruned: mp.Pruned, recipe: str
+) -> None:
+    seen: list[tuple[int, int, float, dict[str, Tensor]]] = []
+
+    def watch(network: nn.Module, done: int, total: int) -> None:
+        seen.append((done, total, task.score(network), bits(network)))
+
+    recovered = mp.recover(pruned, task, recipe=recipe, epochs=1, watch=watch)
+    assert [entry[:2] for entry in seen] == [(step, len(task.train)) for step in range(1, len(task.train) + 1)]
+    assert seen[-1][2] == task.score(recovered.module)
+    assert same(seen[-1][3], bits(recovered.module))
+    assert not same(seen[0][3], seen[-1][3])
+    assert same(bits(mp.recover(pruned, task, recipe=recipe, epochs=1).module), bits(recovered.module))
+
+
 def test_a_recovered_network_is_what_is_saved(task: mp.Task, pruned: mp.Pruned, tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     recovered = mp.recover(pruned, task, epochs=1)

@@ -10,6 +10,7 @@ from metaprune.graphs.rules import (
     movement,
     normalisation,
     pointwise,
+    rearrangement,
     recurrent,
     reduction,
     sampling,
@@ -24,6 +25,7 @@ TABLE: dict[str, Rule] = (
     | reduction.ROWS
     | sampling.ROWS
     | movement.ROWS
+    | rearrangement.ROWS
     | selection.ROWS
     | creation.ROWS
     | recurrent.ROWS

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -69,79 +69,155 @@ def signature(
         the result keeps but whose positions enter each other. outputs: Number of results, all of the same axes.
     """
     left, right = (part.strip() for part in text.split("->"))
-    patterns = [_tokens(part) for part in left.split(",")]
-    result = _tokens(right)
-    names = tuple(operands.split())
-    terms = [term.split("*") for term in zero.split("+")] if zero else []
-    role_of = dict(item.split("=") for item in roles.split())
+    form = _Signature(
+        operands=tuple(operands.split()),
+        patterns=tuple(_tokens(part) for part in left.split(",")),
+        result=_tokens(right),
+        zero=[term.split("*") for term in zero.split("+")] if zero else [],
+        sizes=sizes,
+        pin=frozenset(pin.split()),
+        roles=dict(item.split("=") for item in roles.split()),
+        statistics=frozenset(statistics.split()),
+        mix=frozenset(mix.split()),
+        outputs=outputs,
+    )
+    return Rule(form.flow, rewrite, macs, form.operands)
 
-    def flow(state: Flow, node: Node, bound: Bound) -> Any:
-        op = node.base
-        known = dict(sizes(state, node, bound)) if sizes else {}
-        uses: dict[str, list[tuple[int, Ref, int, Axis]]] = {}
-        given = {i: _operand(bound, name) for i, name in enumerate(names)}
-        present = {i for i, value in given.items() if isinstance(value, Ref)}
-        for i in sorted(present):
-            ref = given[i]
+
+@dataclass(frozen=True)
+class _Use:
+    """An operand's axis, or a factor of it, that stands under a letter."""
+
+    number: int
+    ref: Ref
+    dim: int
+    axis: Axis
+
+
+@dataclass(frozen=True)
+class _Result:
+    """The result as it takes shape: its tokens, what was found for its letters, and which letters lost positions."""
+
+    shape: tuple[int, ...]
+    tokens: list[tuple[str, ...]]
+    found: dict[str, Axis] = field(default_factory=dict)
+    restricted: set[str] = field(default_factory=set)
+
+    @property
+    def letters(self) -> set[str]:
+        """All letters of the tokens."""
+        return {letter for token in self.tokens for letter in token}
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """A parsed signature; the attributes are the arguments of `signature`."""
+
+    operands: tuple[str, ...]
+    patterns: tuple[list[tuple[str, ...]], ...]
+    result: list[tuple[str, ...]]
+    zero: list[list[str]]
+    sizes: Callable[[Flow, Node, Bound], dict[str, int]] | None
+    pin: frozenset[str]
+    roles: Mapping[str, str]
+    statistics: frozenset[str]
+    mix: frozenset[str]
+    outputs: int
+
+    def flow(self, state: Flow, node: Node, bound: Bound) -> Any:
+        """See `Rule.flow`."""
+        given = {i: _operand(bound, name) for i, name in enumerate(self.operands)}
+        present = {i: value for i, value in given.items() if isinstance(value, Ref)}
+        uses = self._uses(state, node, bound, present)
+        first = node.meta if self.outputs == 1 else node.meta[0]  # type: ignore[index]
+        shape = first.shape  # type: ignore[union-attr]
+        result = _Result(shape, _expand(self.result, len(shape)))
+        for letter, where in uses.items():
+            self._role(state, letter, where)
+            if letter in result.letters:
+                self._keep(state, node, letter, where, set(present), result)
+            else:
+                self._consume(state, node, letter, where, result)
+        out = _composed(state, node, result)
+        return out if self.outputs == 1 else [out] * self.outputs
+
+    def _uses(self, state: Flow, node: Node, bound: Bound, present: Mapping[int, Ref]) -> dict[str, list[_Use]]:
+        """Where each letter stands, in the order of the operands."""
+        known = dict(self.sizes(state, node, bound)) if self.sizes else {}
+        uses: dict[str, list[_Use]] = {}
+        for i, ref in present.items():
             axes = state.of(ref)
             state.use(axes)
-            pattern = _expand(patterns[i], len(axes))
+            pattern = _expand(self.patterns[i], len(axes))
             if len(pattern) != len(axes):
-                raise Unmatched(f"operand {names[i]} has {len(axes)} dimensions")
+                raise Unmatched(f"operand {self.operands[i]} has {len(axes)} dimensions")
             for dim, (token, axis) in enumerate(zip(pattern, axes, strict=True)):
-                parts = _factors(state, token, axis, known, op)
+                parts = _factors(state, token, axis, known, node.base)
                 state.use(parts)
                 for letter, part in zip(token, parts, strict=True):
-                    uses.setdefault(letter, []).append((i, ref, dim, part))
-        first = node.meta if outputs == 1 else node.meta[0]  # type: ignore[index]
-        out_shape = first.shape  # type: ignore[union-attr]
-        out_tokens = _expand(result, len(out_shape))
-        wanted = {letter for token in out_tokens for letter in token}
-        found: dict[str, Axis] = {}
-        restricted: set[str] = set()
-        for letter, where in uses.items():
-            family = letter.rstrip("0123456789")
-            axis = where[0][3]
-            if family in role_of and axis.ids is not None:
-                whole = state.of(where[0][1])[where[0][2]].size == axis.size
-                grouped = role_of[family] == "conv_group" and whole
-                state.atoms.role(axis.ids, "channels" if grouped else role_of[family])
-            if letter in wanted and family in mix.split():
-                found[letter] = _mixed(state, node, [(ref, dim, axis) for _, ref, dim, axis in where], op)
-                restricted.add(letter)
-            elif letter in wanted:
-                tied = state.tie([axis for *_, axis in where], op)
-                found[letter] = tied.with_zero(_zero(terms, present, {i: axis for i, _, _, axis in where}))
-                if family in statistics.split():
-                    _, ref, dim, _ = where[0]
-                    state.statistics(node, ref, dim)
-            elif family in pin.split():
-                for *_, axis in where:
-                    state.pin(axis, "" if family.startswith("*") else "addressed by numbers at run time")
-            elif len(where) == 1:
-                _, ref, dim, axis = where[0]
-                twin = letter.replace("*s", "*t")
-                if axis.ids is not None and state.fill(node, ref, dim, op) and twin in wanted:
-                    place = next(d for d, token in enumerate(out_tokens) if token == (twin,))
-                    if out_shape[place] == axis.size:
-                        found[twin] = axis.with_zero(False)
-                        restricted.add(twin)
-            else:
-                state.contract(node, [(ref, dim, axis) for _, ref, dim, axis in where], op)
-        out: list[Axis] = []
-        for dim, token in enumerate(out_tokens):
-            made = [found.get(letter) for letter in token]
-            if len(token) == 1:
-                out.append(made[0] or state.fixed(out_shape[dim], f"made by {op}"))
-            else:
-                left_over = out_shape[dim] // max(1, prod(p.size for p in made if p is not None))
-                full = [p or state.fixed(left_over, f"made by {op}") for p in made]
-                out.append(state.merge(full, op))
-            if restricted.intersection(token):
-                state.restricted.setdefault(node.name, set()).add(dim)
-        return tuple(out) if outputs == 1 else [tuple(out)] * outputs
+                    uses.setdefault(letter, []).append(_Use(i, ref, dim, part))
+        return uses
 
-    return Rule(flow, rewrite, macs, names)
+    def _role(self, state: Flow, letter: str, where: list[_Use]) -> None:
+        """Notes what the units of a letter are."""
+        role, use = self.roles.get(_family(letter)), where[0]
+        if role and use.axis.ids is not None:
+            whole = state.of(use.ref)[use.dim].size == use.axis.size
+            state.atoms.role(use.axis.ids, "channels" if role == "conv_group" and whole else role)
+
+    def _keep(
+        self, state: Flow, node: Node, letter: str, where: list[_Use], present: set[int], result: _Result
+    ) -> None:
+        """A letter that the result has: one axis of all its operands."""
+        if _family(letter) in self.mix:
+            result.found[letter] = _mixed(state, node, where)
+            result.restricted.add(letter)
+            return
+        tied = state.tie([use.axis for use in where], node.base)
+        axes = {use.number: use.axis for use in where}
+        result.found[letter] = tied.with_zero(_zero(self.zero, present, axes))
+        if _family(letter) in self.statistics:
+            state.statistics(node, where[0].ref, where[0].dim)
+
+    def _consume(self, state: Flow, node: Node, letter: str, where: list[_Use], result: _Result) -> None:
+        """A letter that the result lacks: pinned, filled up again, or summed over."""
+        family = _family(letter)
+        if family in self.pin:
+            for use in where:
+                state.pin(use.axis, "" if family.startswith("*") else "addressed by numbers at run time")
+        elif len(where) == 1:
+            (use,) = where
+            twin = letter.replace("*s", "*t")
+            filled = use.axis.ids is not None and state.fill(node, use.ref, use.dim, node.base)
+            if filled and twin in result.letters:
+                place = next(d for d, token in enumerate(result.tokens) if token == (twin,))
+                if result.shape[place] == use.axis.size:
+                    result.found[twin] = use.axis.with_zero(False)
+                    result.restricted.add(twin)
+        else:
+            state.contract(node, [(use.ref, use.dim, use.axis) for use in where], node.base)
+
+
+def _composed(state: Flow, node: Node, result: _Result) -> tuple[Axis, ...]:
+    """The axes of the result from what was found for its letters; what was not is fixed."""
+    op = node.base
+    out: list[Axis] = []
+    for dim, token in enumerate(result.tokens):
+        made = [result.found.get(letter) for letter in token]
+        if len(token) == 1:
+            out.append(made[0] or state.fixed(result.shape[dim], f"made by {op}"))
+        else:
+            left_over = result.shape[dim] // max(1, prod(p.size for p in made if p is not None))
+            full = [p or state.fixed(left_over, f"made by {op}") for p in made]
+            out.append(state.merge(full, op))
+        if result.restricted.intersection(token):
+            state.restricted.setdefault(node.name, set()).add(dim)
+    return tuple(out)
+
+
+def _family(letter: str) -> str:
+    """A letter without the number that a star gave it."""
+    return letter.rstrip("0123456789")
 
 
 def _operand(bound: Bound, name: str) -> Any:
@@ -149,12 +225,12 @@ def _operand(bound: Bound, name: str) -> Any:
     return next((bound[n] for n in name.split("/") if n in bound), None)
 
 
-def _mixed(state: Flow, node: Node, where: list[tuple[Ref, int, Axis]], op: str) -> Axis:
+def _mixed(state: Flow, node: Node, where: list[_Use]) -> Axis:
     """An axis the result keeps although its positions enter each other: every operand is filled up."""
-    tied = state.tie([axis for *_, axis in where], op)
-    for ref, dim, axis in where:
-        if axis.ids is not None:
-            state.fill(node, ref, dim, op)
+    tied = state.tie([use.axis for use in where], node.base)
+    for use in where:
+        if use.axis.ids is not None:
+            state.fill(node, use.ref, use.dim, node.base)
     return tied.with_zero(False)
 
 
