@@ -132,7 +132,6 @@ WITH_TRAINING: dict[str, Trained] = {
     "Torch-Pruning, sparse learning, local, fine-tuned": Trained(group_norm_sparse(global_=False), before=HALF),
     "Torch-Pruning, sparse learning, global, fine-tuned": Trained(group_norm_sparse(global_=True), before=HALF),
     "closed form, fine-tuned": Trained(_CLOSED),
-    "closed form, kd": Trained(_CLOSED, "kd"),
     "closed form, kd_standardised": Trained(_CLOSED, "kd_standardised"),
     DISTILLED: Trained(_CLOSED, "kd_features"),
 }
