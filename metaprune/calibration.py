@@ -16,6 +16,9 @@ from metaprune.graphs.structure import put_together, take_apart
 
 NOISE = "noise"
 
+_ROWS = 16384
+_ROWS_PER_COLUMN = 8
+
 
 def samples_of(graph: Graph, data: Any, seed: int = 0) -> Iterator[Any]:
     """Single samples, inputs of batch one, without end for noise.
@@ -73,6 +76,27 @@ def batch_size(graph: Graph) -> int:
     if any(any(meta.batched) for meta in metas):
         return 0
     return max((meta.shape[0] for meta in metas if meta.shape), default=1)
+
+
+def some_rows(count: int, width: int, parts: int, generator: torch.Generator, device: torch.device) -> Tensor | None:
+    """A random choice of rows from one part of the data, where there are more than second moments need.
+
+    Over all parts 16,384 rows do, or eight for each column if those are more.
+
+    Args:
+        count: Rows of the part.
+        width: Columns.
+        parts: Number of parts that share the rows needed.
+        generator: Draws the rows, on the CPU.
+        device: Where they are wanted.
+
+    Returns:
+        Their numbers in order; None for all rows.
+    """
+    most = -(-max(_ROWS, _ROWS_PER_COLUMN * width) // parts)
+    if count <= most:
+        return None
+    return torch.randperm(count, generator=generator)[:most].sort().values.to(device)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

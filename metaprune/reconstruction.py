@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metaprune.calibration import batch_size, batches_of
+from metaprune.calibration import batch_size, batches_of, some_rows
 from metaprune.graphs import operators
 from metaprune.graphs.errors import MetapruneError, OptionError
-from metaprune.graphs.ir import Graph, Meta
+from metaprune.graphs.ir import Graph
 from metaprune.graphs.linear import Linear, linear_layers
-from metaprune.graphs.replay import Replay
+from metaprune.graphs.replay import Replay, peak_bytes
 from metaprune.graphs.responses import Response, responses
 from metaprune.graphs.structure import Ref
 from metaprune.graphs.survivors import Survivors
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 SAMPLES = 500
 MEMORY = 2 << 30
-_ROWS_PER_COLUMN = 8
-_ROWS = 16384
 _CHUNK = 32
 _FOLDS = 5
 _SAME = 1e-5
@@ -97,7 +95,7 @@ class _Fit:
         self._generator = torch.Generator().manual_seed(seed)
         layers = {n: layer for n, layer in linear_layers(cut).items() if _alike(dense, cut, layer)}
         self._responses = responses(cut, layers)
-        samples = max(_FOLDS, min(samples, memory // (_peak(dense) + _peak(cut))))
+        samples = max(_FOLDS, min(samples, memory // (peak_bytes(dense) + peak_bytes(cut))))
         size = batch_size(dense) or max(1, min(_CHUNK, samples // _FOLDS))
         batches = batches_of(dense, data, size, samples, seed)
         self.samples = min(samples, size * len(batches))
@@ -142,7 +140,6 @@ class _Fit:
         norm = self._cut.function(response.norm, layer.node) if response.norm else None
         outputs = self.values[layer.weight].numel() // (layer.groups * layer.width)
         made = [Moments.zeros(layer.groups, layer.width, outputs, inputs[0].device) for _ in range(2)]
-        most = -(-max(_ROWS, _ROWS_PER_COLUMN * layer.width) // len(inputs))
         for number, (value, goal, other) in enumerate(zip(inputs, goals, others, strict=True)):
             wish = self._survivors.part(response.target, goal)
             wish = wish if other is None else wish - other
@@ -150,7 +147,7 @@ class _Fit:
                 start = own(number, value)
                 start = start if norm is None else norm(number, start)
                 wish = response.wish(wish, start, self._cut, number)
-            rows = self._rows(layer.positions(wish), most, wish.device)
+            rows = some_rows(layer.positions(wish), layer.width, len(inputs), self._generator, wish.device)
             columns, wishes = layer.columns(value, rows).float(), layer.outputs(wish, rows).float()
             if columns.shape[1] != wishes.shape[1]:
                 return None
@@ -159,12 +156,6 @@ class _Fit:
         if not bool(torch.isfinite(total.gram).all() and torch.isfinite(total.energy).all()):
             raise MetapruneError(f"reconstruct: values around {layer.node} are not finite")
         return made[0], made[1]
-
-    def _rows(self, count: int, most: int, device: torch.device) -> Tensor | None:
-        """A random choice of rows where there are more than the fit needs."""
-        if count <= most:
-            return None
-        return torch.randperm(count, generator=self._generator)[:most].sort().values.to(device)
 
     def _write(self, response: Response, train: Moments, held_out: Moments) -> None:
         layer = response.layer
@@ -218,24 +209,3 @@ def _alike(dense: Graph, cut: Graph, layer: Linear) -> bool:
     """Whether a layer of the cut graph is the cut of the dense graph's node of the same name."""
     node = dense.nodes.get(layer.node)
     return node is not None and node.op == cut.nodes[layer.node].op and layer.input in dense.nodes
-
-
-def _peak(graph: Graph) -> int:
-    """Bytes of activations alive at once for one sample, when every node is dropped after its last use."""
-    last: dict[str, str] = {}
-    sizes: dict[str, int] = {}
-    for node in graph.nodes.values():
-        last.update(dict.fromkeys(node.refs(), node.name))
-        meta = node.meta
-        if isinstance(meta, Meta) and node.op != "tensor":
-            grows = any(meta.batched)
-            sizes[node.name] = torch.Size(meta.shape).numel() * meta.dtype.itemsize // (meta.shape[0] if grows else 1)
-    ending: dict[str, list[str]] = {}
-    for name, user in last.items():
-        ending.setdefault(user, []).append(name)
-    alive = peak = 0
-    for name in graph.nodes:
-        alive += sizes.get(name, 0)
-        peak = max(peak, alive)
-        alive -= sum(sizes.get(gone, 0) for gone in ending.get(name, ()))
-    return max(1, peak)
