@@ -115,7 +115,8 @@ def plan(
         allocator: How many units each group keeps: `"uniform"`, `"global"`, `"sap"` (more is taken from groups whose
             scores are uneven) or `"cost"` (importance removed per cost removed, for scores that add up: the default
             for `"fisher"` and `"fisher_block"`; otherwise `"global"` is).
-        data: Batches of inputs or of (inputs, labels) for criteria that look at data; at most 256 samples are used.
+        data: Batches of inputs or of (inputs, labels), for criteria that look at data; with others they are refused. At
+            most 256 samples are used.
         round_to: Kept channel counts are multiples of this.
         protect: Globs of groups or tensors that stay whole.
         only: Globs of the groups or tensors that may shrink; empty for all.
@@ -178,7 +179,7 @@ def prune(
     With `data` the default is the closed-form core: units are chosen by `criterion="fisher_block"` and
     `allocator="cost"`, and the weights of what remains are fitted to the dense network's responses by
     `metaprune.reconstruct`, all without labels and without training. The certificate is of the cut, before the weights
-    are fitted.
+    are fitted. Data that neither the criterion nor the fit would look at are refused.
 
     Args, beyond those of `trace`, `plan` and `apply`: reconstruct: Whether weights are fitted; by default when there
         are data.
@@ -189,7 +190,8 @@ def prune(
         raise OptionError("reconstruct: calibration data are needed")
     if data is not None:
         data = repeatable(data)
-    planned_on = data if data is not None and (criterion is None or criteria.find(criterion).data) else None
+    fits_only = reconstruct and criterion is not None and not criteria.find(criterion).data
+    planned_on = None if fits_only else data  # data that neither the criterion nor the fit looks at are refused
     graph = model if isinstance(model, Graph) else trace(model, inputs)
     protected = [protect] if isinstance(protect, str) else list(protect)
     blamed: list[str] = []
