@@ -22,7 +22,7 @@ import metaprune as mp
 from metaprune.evaluation import single_thread
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-MODULES = ("accuracy", "accuracy_arms", "accuracy_case", "accuracy_peer", "accuracy_report", "ledger")
+MODULES = ("accuracy", "accuracy_arms", "accuracy_case", "accuracy_cost", "accuracy_peer", "accuracy_report", "ledger")
 pytestmark = pytest.mark.xdist_group("accuracy")  # one process: the fixture is expensive
 
 PROGRAM = '''"""A tiny setting of the benchmark on digits."""
@@ -116,7 +116,7 @@ def test_a_row_is_not_joined_to_one_that_was_cut_off(bench: dict[str, ModuleType
 class Known:
     """A case of which only the costs matter: 1,000 multiply-adds, 40 batches."""
 
-    macs, train = 1000, range(40)
+    macs, train = 1000, range(40)  # 0.75 epochs of the dense network are 30 of its steps
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "kd"])
@@ -135,6 +135,18 @@ def test_equal_epochs_are_the_dense_networks(bench: dict[str, ModuleType]) -> No
     arm = bench["accuracy_arms"].WITH_TRAINING["from scratch, equal epochs"]
     assert arm.steps(Known, 125) == 5 * 40
     assert arm.spent(Known, 125) == pytest.approx(5 * 0.125)
+
+
+def test_the_cost_of_a_row_is_that_of_its_steps_and_scorings(bench: dict[str, ModuleType]) -> None:
+    cost, arms = bench["accuracy_cost"], bench["accuracy_arms"]
+    pace = cost.Pace(Known, step=cost._line([1.125, 2.0]), scoring=(0.25, 1.0), teacher=0.5)
+    assert pace.step == pytest.approx((1.0, 1.0))
+    finetuned, distilled = (arms.Trained(lambda case, budget: None, recipe) for recipe in ("finetune", "kd"))
+    assert finetuned.steps(Known, 250) == 120
+    assert pace.seconds(finetuned, 0.25) == pytest.approx(cost.PLANNING + 3 * 0.5 + 120 * 1.25)
+    steps = distilled.steps(Known, 250)
+    assert pace.seconds(distilled, 0.25) == pytest.approx(cost.PLANNING + 3 * 0.5 + steps * 1.75)
+    assert pace.seconds(lambda case, budget: None, 0.25) == pytest.approx(cost.PLANNING + 0.5)
 
 
 def row(name: str, seed: int, arm: str, score: float, table: str = "equal FLOPs") -> dict[str, Any]:
