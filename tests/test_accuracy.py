@@ -1,5 +1,6 @@
 """The accuracy benchmark's own machinery: what is spent, what is compared, and that a kill loses nothing."""
 
+import dataclasses
 import importlib
 import math
 import os
@@ -22,7 +23,16 @@ import metaprune as mp
 from metaprune.evaluation import single_thread
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-MODULES = ("accuracy", "accuracy_arms", "accuracy_case", "accuracy_cost", "accuracy_peer", "accuracy_report", "ledger")
+MODULES = (
+    "accuracy",
+    "accuracy_arms",
+    "accuracy_case",
+    "accuracy_cost",
+    "accuracy_peer",
+    "accuracy_report",
+    "fashion",
+    "ledger",
+)
 pytestmark = pytest.mark.xdist_group("accuracy")  # one process: the fixture is expensive
 
 PROGRAM = '''"""A tiny setting of the benchmark on digits."""
@@ -149,6 +159,11 @@ def test_the_cost_of_a_row_is_that_of_its_steps_and_scorings(bench: dict[str, Mo
     assert pace.seconds(lambda case, budget: None, 0.25) == pytest.approx(cost.PLANNING + 0.5)
 
 
+def test_there_is_one_recipe(bench: dict[str, ModuleType]) -> None:
+    settings = bench["fashion"].settings(1)
+    assert dataclasses.replace(settings, channels_last=False) == mp.Settings(epochs=1)  # what `recover` trains with
+
+
 def row(name: str, seed: int, arm: str, score: float, table: str = "equal FLOPs") -> dict[str, Any]:
     costs = {"dense": 0.9, "macs": 0.25, "params": 0.3, "cpu_seconds": 1.0, "dense_epochs": 1.0}
     return {"key": [name, seed, 0.25, table, arm], "score": score, **costs}
@@ -219,6 +234,10 @@ def test_sparse_learning_takes_from_the_weak_and_ends_with_its_training(
         assert seconds > 0
         assert not learned.training
     kept = norms[1] / norms[0]  # of each channel's squared norm
+    arm = bench["accuracy_peer"].group_norm_sparse(global_=False)
+    first, second = arm(case, 0.5), arm(case, 0.4)
+    assert first.seconds == 0 < second.seconds == case.shared["sparse"][1]  # what the second row found there
+    assert second.macs <= 0.4 * case.macs
     assert (kept < 1).all()
     assert kept[norms[0].argmin()] < kept[norms[0].argmax()]
     assert len(_global_optimizer_pre_hooks) == hooks
