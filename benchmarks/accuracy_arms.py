@@ -166,7 +166,7 @@ def _train(arm: Trained, case: Case, made: Made) -> tuple[dict[str, float], floa
 
     def watch(network: nn.Module, done: int) -> None:
         nonlocal scoring
-        if done == round(SHORT * len(loader)):
+        if done == max(1, round(SHORT * len(loader))):
             start = time.process_time()
             scores["score_short"] = mp.evaluate(network, case.test)
             scoring = time.process_time() - start

@@ -63,7 +63,7 @@ class Made:
         macs: Its multiply-adds for one image.
         params: Its parameters.
         pruned: The cut it came from, where it is one of ours.
-        seconds: CPU seconds that went into it before and that other rows share.
+        seconds: CPU seconds that went into it in an earlier row, in what the rows of a case share.
     """
 
     module: nn.Module

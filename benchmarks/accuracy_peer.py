@@ -33,10 +33,12 @@ def group_norm_sparse(global_: bool) -> Arm:
     """The group L2 norm after sparse learning, `GroupNormPruner` (Fang et al. 2023, arXiv 2301.12900, section 3.3)."""
 
     def arm(case: Case, budget: float) -> Made:
-        if "sparse" not in case.shared:
-            case.shared["sparse"] = sparse(case)
-        model, seconds = case.shared["sparse"]
-        return replace(_within(case, model, budget, global_), seconds=seconds)
+        earlier = 0.0
+        if "sparse" in case.shared:
+            model, earlier = case.shared["sparse"]
+        else:
+            model, _ = case.shared["sparse"] = sparse(case)
+        return replace(_within(case, model, budget, global_), seconds=earlier)
 
     return arm
 

@@ -132,7 +132,7 @@ def _differences(scores: Scores, table: str) -> str:
     for arm in scores.arms(table):
         if arm != default and default in scores.arms(table):
             found = [scores.difference(table, default, arm, budget) for budget in budgets]
-            lines.append(_line(arm, [f"{d.mean:+.1f}" + _plus_minus(d.error) for d in found]))
+            lines.append(_line(arm, [_signed(d) for d in found]))
     spreads = [_spread(scores.of(table, default, budget)) for budget in budgets]
     return "\n".join([*lines, _line("its spread over seeds", [f"{s:.1f}" if s == s else "-" for s in spreads])])
 
@@ -155,7 +155,7 @@ def _verdict(scores: Scores, table: str, budget: float, name: str) -> str:
     peers = [arm for arm in scores.arms(table) if arm.startswith(PEER)]
     found = [scores.difference(table, DEFAULTS[table], arm, budget, name) for arm in peers]
     worst = min(found, key=lambda d: (("no", "open", "yes").index(d.verdict), d.mean))
-    return f"{worst.verdict}, {worst.mean:+.1f}" + _plus_minus(worst.error)
+    return f"{worst.verdict}, {_signed(worst)}"
 
 
 def _footnote(scores: Scores) -> str:
@@ -203,6 +203,12 @@ def _by_network(found: dict[tuple[str, ...], float]) -> dict[str, list[float]]:
     for (name, *_), value in found.items():
         values[name].append(value)
     return values
+
+
+def _signed(difference: Difference) -> str:
+    """The mean with its sign, none of it for what rounds to 0, ± its standard error."""
+    rounded = round(difference.mean, 1)
+    return (f"{rounded:+.1f}" if rounded else "0.0") + _plus_minus(difference.error)
 
 
 def _plus_minus(value: float) -> str:

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metaprune.graphs.execute import call
-from metaprune.graphs.ir import Graph
+from metaprune.graphs.ir import Graph, Meta
 
 Prepare = Callable[[str], None]
 
@@ -120,3 +121,24 @@ class Replay:
             self.first[name] = self._env[name][0]
         if not self._left[name]:
             del self._env[name]
+
+
+def peak_bytes(graph: Graph) -> int:
+    """Bytes of activations alive at once for one sample, when every node is dropped after its last use."""
+    last: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    for node in graph.nodes.values():
+        last.update(dict.fromkeys(node.refs(), node.name))
+        meta = node.meta
+        if isinstance(meta, Meta) and node.op != "tensor":
+            grows = any(meta.batched)
+            sizes[node.name] = torch.Size(meta.shape).numel() * meta.dtype.itemsize // (meta.shape[0] if grows else 1)
+    ending: dict[str, list[str]] = {}
+    for name, user in last.items():
+        ending.setdefault(user, []).append(name)
+    alive = peak = 0
+    for name in graph.nodes:
+        alive += sizes.get(name, 0)
+        peak = max(peak, alive)
+        alive -= sum(sizes.get(gone, 0) for gone in ending.get(name, ()))
+    return max(1, peak)

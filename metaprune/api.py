@@ -119,8 +119,8 @@ def plan(
             fitted on some of the data, and the one nearest to the dense network on others is taken). By default
             `"measured"` when there are data and no criterion is named, else `"cost"` for `"fisher"` and
             `"fisher_block"`, else `"global"`.
-        data: Batches of inputs or of (inputs, labels) for criteria and allocators that look at data; at most
-            256 samples are scored by, and 500 measured with.
+        data: Batches of inputs or of (inputs, labels) for criteria and allocators that look at data; with
+            others they are refused. At most 256 samples are scored by, and 500 measured with.
         round_to: Kept channel counts are multiples of this.
         protect: Globs of groups or tensors that stay whole.
         only: Globs of the groups or tensors that may shrink; empty for all.
@@ -183,7 +183,7 @@ def prune(
     With `data` the default is the closed-form core: units are chosen by `criterion="fisher_block"` and
     `allocator="measured"`, and the weights of what remains are fitted to the dense network's responses by
     `metaprune.reconstruct`, all without labels and without training. The certificate is of the cut, before the weights
-    are fitted.
+    are fitted. Data that neither the criterion nor the fit would look at are refused.
 
     Args, beyond those of `trace`, `plan` and `apply`: reconstruct: Whether weights are fitted; by default when there
         are data.
@@ -195,7 +195,7 @@ def prune(
     if data is not None:
         data = repeatable(data)
     looked_at = criterion is None or allocator == MEASURED or criteria.find(criterion).data
-    planned_on = data if looked_at else None
+    planned_on = data if looked_at or not reconstruct else None  # data that nothing looks at are refused
     graph = model if isinstance(model, Graph) else trace(model, inputs)
     protected = [protect] if isinstance(protect, str) else list(protect)
     blamed: list[str] = []

@@ -18,6 +18,9 @@ NOISE = "noise"
 Leaves: TypeAlias = dict[str, Tensor]
 """Values of a graph's input nodes, by node."""
 
+ROWS, ROWS_PER_COLUMN = 16384, 8
+"""Rows that second moments are taken over: so many, or so many for each column if those are more."""
+
 
 def samples_of(graph: Graph, data: Any, seed: int = 0) -> Iterator[Any]:
     """Single samples, inputs of batch one, without end for noise.
@@ -85,6 +88,35 @@ def batch_size(graph: Graph) -> int:
     if any(any(meta.batched) for meta in metas):
         return 0
     return max((meta.shape[0] for meta in metas if meta.shape), default=1)
+
+
+def some_rows(
+    count: int,
+    width: int,
+    parts: int,
+    generator: torch.Generator,
+    device: torch.device,
+    rows: int = ROWS,
+    per_column: int = ROWS_PER_COLUMN,
+) -> Tensor | None:
+    """A random choice of rows from one part of the data, where there are more than second moments need.
+
+    Args:
+        count: Rows of the part.
+        width: Columns.
+        parts: Number of parts that share the rows needed.
+        generator: Draws the rows, on the CPU.
+        device: Where they are wanted.
+        rows: How many are needed over all parts.
+        per_column: Or so many for each column, if those are more.
+
+    Returns:
+        Their numbers in order; None for all rows.
+    """
+    most = -(-max(rows, per_column * width) // parts)
+    if count <= most:
+        return None
+    return torch.randperm(count, generator=generator)[:most].sort().values.to(device)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

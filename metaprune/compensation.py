@@ -23,7 +23,7 @@ from metaprune.graphs.incision import carried
 from metaprune.graphs.ir import Graph, Node
 from metaprune.graphs.linear import Linear, linear_layers
 from metaprune.graphs.portable import values_of
-from metaprune.graphs.replay import Replay
+from metaprune.graphs.replay import Replay, peak_bytes
 from metaprune.graphs.responses import responses
 from metaprune.graphs.structure import Ref
 from metaprune.graphs.survivors import Survivors
@@ -32,13 +32,14 @@ if TYPE_CHECKING:
     from metaprune.api import Pruned
 
 SAMPLES = 256
+MEMORY = 2 << 30
 _CHUNK = 32
 _TINY = 1e-6
 
 Batches = Sequence[Mapping[str, Tensor]]
 
 
-def absorb(pruned: Pruned, data: Any, samples: int = SAMPLES, seed: int = 0) -> Pruned:
+def absorb(pruned: Pruned, data: Any, samples: int = SAMPLES, memory: int = MEMORY, seed: int = 0) -> Pruned:
     """Puts the mean of what was cut into the biases of the layers that read it.
 
     A layer that reads inputs x loses `W[:, cut] x[cut]`. The mean of that over the data, in the dense network, goes
@@ -53,6 +54,8 @@ def absorb(pruned: Pruned, data: Any, samples: int = SAMPLES, seed: int = 0) -> 
         pruned: What `prune` or `apply` returned; it is not changed.
         data: Batches of inputs or of (inputs, labels); labels are not looked at. `"noise"` for Gaussian noise.
         samples: At most this many samples are used.
+        memory: About so many bytes of activations are held; fewer samples pass through the network at once, and
+            `match_moments` uses fewer of them, where they need more.
         seed: Of noise.
 
     Returns:
@@ -76,7 +79,7 @@ def absorb(pruned: Pruned, data: Any, samples: int = SAMPLES, seed: int = 0) -> 
     values = values_of(cut, module)
     absorbed = 0
     with torch.no_grad():
-        means = _lost_means(dense, layers, survivors, _batches(dense, data, samples, seed))
+        means = _lost_means(dense, layers, survivors, _batches(dense, data, samples, memory, seed))
         for name, layer in layers.items():
             if name not in places:
                 continue
@@ -91,7 +94,7 @@ def absorb(pruned: Pruned, data: Any, samples: int = SAMPLES, seed: int = 0) -> 
     return dataclasses.replace(pruned, module=module, notes=(*pruned.notes, note))
 
 
-def match_moments(pruned: Pruned, data: Any, samples: int = SAMPLES, seed: int = 0) -> Pruned:
+def match_moments(pruned: Pruned, data: Any, samples: int = SAMPLES, memory: int = MEMORY, seed: int = 0) -> Pruned:
     """Gives each channel that a layer puts out the mean and standard deviation that it has in the dense network.
 
     Layer by layer, in the order of the network, on the inputs that the layers before, already matched, give. Behind a
@@ -105,24 +108,17 @@ def match_moments(pruned: Pruned, data: Any, samples: int = SAMPLES, seed: int =
 
     A channel that the pruned network leaves constant keeps its scale.
 
-    Args:
-        pruned: What `prune` or `apply` returned; it is not changed.
-        data: Batches of inputs or of (inputs, labels); labels are not looked at. `"noise"` for Gaussian noise.
-        samples: At most this many samples are used.
-        seed: Of noise.
+    Arguments and errors are those of `absorb`, but that the network may have been fitted or trained since the cut.
 
     Returns:
         The same pruned network, its channels on their old scale.
-
-    Raises:
-        OptionError: No data, data that do not fit the network, or a network on the meta device.
-        MetapruneError: The network gives values that are not finite.
     """
     _check_values(pruned, "match_moments")
     module = copy.deepcopy(pruned.module)
     own = values_of(pruned.graph, module)
     with torch.no_grad():
-        matching = _Matching(pruned, own, _batches(pruned.original, data, samples, seed))
+        samples = max(1, min(samples, memory // peak_bytes(pruned.graph)))  # all of them are held side by side
+        matching = _Matching(pruned, own, _batches(pruned.original, data, samples, memory, seed))
         matching.run()
         for name, value in matching.values.items():
             own[name].copy_(value)
@@ -320,8 +316,9 @@ def _dense_moments(
     return found
 
 
-def _batches(graph: Graph, data: Any, samples: int, seed: int) -> Batches:
-    return batches_of(graph, data, batch_size(graph) or _CHUNK, samples, seed)
+def _batches(graph: Graph, data: Any, samples: int, memory: int, seed: int) -> Batches:
+    size = batch_size(graph) or max(1, min(_CHUNK, memory // peak_bytes(graph)))
+    return batches_of(graph, data, size, samples, seed)
 
 
 def _check_values(pruned: Pruned, function: str) -> None:

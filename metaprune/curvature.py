@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaprune.calibration import batch_size, batches_of
+from metaprune.calibration import batch_size, batches_of, some_rows
 from metaprune.graphs import operators
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.execute import execute
@@ -28,8 +28,6 @@ SAMPLES = 256
 MEMORY = 4 << 30
 RIDGE = 1e-3
 
-_ROWS_PER_COLUMN = 8
-_ROWS = 16384
 _CHUNK = 32
 
 
@@ -149,11 +147,7 @@ class _Sums:
                 del self._held[layer.input]
 
     def _add(self, layer: Linear, value: Tensor, positions: int) -> None:
-        most = -(-max(_ROWS, _ROWS_PER_COLUMN * layer.width) // self._chunks)
-        rows = None
-        if positions > most:
-            chosen = torch.randperm(positions, generator=self._generator)[:most]
-            rows = chosen.sort().values.to(value.device)
+        rows = some_rows(positions, layer.width, self._chunks, self._generator, value.device)
         columns = layer.columns(value, rows).double()
         columns = torch.cat([columns, columns.new_ones(*columns.shape[:2], 1)], dim=2)  # [groups, rows, width + 1]
         moment = columns.transpose(1, 2) @ columns

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,10 +25,33 @@ from metaprune.statistics import collect, collect_second_moments
 _COUNTED_IN_STEPS = ("channels", "residual", "ffn", "hidden", "other")
 
 
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a criterion makes of the units of all groups that are not pinned.
+
+    Attributes:
+        criterion: Its name.
+        units: Scores by group, shape [size] each.
+        samples: Number of samples that were looked at.
+    """
+
+    criterion: str
+    units: Mapping[str, NDArray[np.float64]]
+    samples: int
+
+
+def score(graph: Graph, criterion: str | None = None, data: Any = None, seed: int = 0) -> Scores:
+    """Scores for plans at several budgets; arguments and errors are those of `unit_scores` and `metaprune.plan`."""
+    name = default_criterion(criterion, data)
+    free = [group for group in graph.groups if not group.pinned]
+    values, samples = unit_scores(graph, free, name, data, seed)
+    return Scores(name, {group.name: value for group, value in zip(free, values, strict=True)}, samples)
+
+
 def make_plan(
     graph: Graph,
     budget: str = "macs=0.5",
-    criterion: str | None = None,
+    criterion: str | Scores | None = None,
     allocator: str | None = None,
     data: Any = None,
     round_to: int = 1,
@@ -36,9 +60,11 @@ def make_plan(
     kinds: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Plan:
-    """See `metaprune.plan`."""
+    """See `metaprune.plan`; scores of the units that are there already are given as `criterion`, without data."""
     goal = Budget.parse(budget)
-    criterion, allocator, natural = _resolved(criterion, allocator, data)
+    scored = criterion if isinstance(criterion, Scores) else None
+    named = criterion.criterion if isinstance(criterion, Scores) else criterion
+    criterion, allocator, natural = _resolved(named, allocator, data)
     if type(round_to) is not int or round_to < 1:
         raise OptionError(f"round_to: must be a positive whole number, not {round_to!r}")
     if type(seed) is not int:
@@ -62,8 +88,11 @@ def make_plan(
         and (not only or _matches(group, only))
         and (kinds is None or group.kind in kinds)
     ]
-    looked_at = data if allocator != MEASURED or criteria.find(criterion).data else None
-    scores, samples = unit_scores(graph, [groups[i] for i in free], criterion, looked_at, seed)
+    if scored is None:
+        looked_at = data if allocator != MEASURED or criteria.find(criterion).data else None
+        scores, samples = unit_scores(graph, [groups[i] for i in free], criterion, looked_at, seed)
+    else:
+        scores, samples = [scored.units[groups[i].name] for i in free], scored.samples
     step = [round_to if groups[i].kind in _COUNTED_IN_STEPS and groups[i].size >= round_to else 1 for i in free]
     least = [min(max(groups[i].minimum, s if s > 1 else 1), groups[i].size) for i, s in zip(free, step, strict=True)]
     costs = graph.coupling.costs
@@ -100,7 +129,7 @@ def make_plan(
 
 def _resolved(criterion: str | None, allocator: str | None, data: Any) -> tuple[str, str, str]:
     """Criterion, allocator, and the allocator that goes with the criterion; raises `OptionError`."""
-    chosen = criterion or ("magnitude" if data is None else "fisher_block")
+    chosen = default_criterion(criterion, data)
     natural = "cost" if criteria.find(chosen).additive else "global"
     allocator = allocator or (MEASURED if criterion is None and data is not None else natural)
     if allocator != MEASURED:
@@ -144,6 +173,10 @@ def unit_scores(
     evidence = criteria.Evidence(weights, statistics, seed)
     scores = [row.function(group, evidence).double().numpy() for group in groups]
     return scores, statistics.samples if statistics else 0
+
+
+def default_criterion(criterion: str | None, data: Any) -> str:
+    return criterion or ("magnitude" if data is None else "fisher_block")
 
 
 def _fraction(part: float, whole: float) -> float:

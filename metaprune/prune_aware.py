@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,7 @@ from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.graphs.portable import GatedModule
 from metaprune.losses import distillation
-from metaprune.planning import make_plan
+from metaprune.planning import Scores, make_plan, score
 from metaprune.recovery import recalibrate
 from metaprune.schedules import seeded
 from metaprune.search.budget import Budget
@@ -42,12 +41,16 @@ class Tolerant:
     Attributes:
         graph: The network with its trained weights, at full width; statistics of batch norm are those of full width.
         original: The network as it was, whose weights fixed the order of importance.
-        options: What the order was made with: criterion, allocator, data and seed.
+        scores: Of the units, which fix the order of importance.
+        allocator: How many units each group keeps; None for the default of the criterion.
+        seed: Of allocators that draw.
     """
 
     graph: Graph
     original: Graph
-    options: Mapping[str, Any]
+    scores: Scores
+    allocator: str | None
+    seed: int
 
     def plan(self, budget: str) -> Plan:
         """A plan of `graph` in the order it was trained with, which serves small budgets better than a new one.
@@ -57,7 +60,7 @@ class Tolerant:
         Raises:
             BudgetInfeasible: No legal plan reaches the budget.
         """
-        return _plan(self.original, budget, self.options)
+        return make_plan(self.original, budget, self.scores, self.allocator, seed=self.seed)
 
 
 def train_tolerant(
@@ -81,7 +84,7 @@ def train_tolerant(
         epochs: Passes over the training data.
         criterion: What fixes the order of importance, once and on the weights before training; see `metaprune.plan`.
         allocator: How many units each group keeps at a budget; see `metaprune.plan`.
-        data: Batches for criteria that look at data; they are gone through once for each of `LEVELS` budgets.
+        data: Batches for criteria that look at data; they are gone through once.
         distil: Weight, from 0 to 1, of distillation from the network as it was; the rest is the task's loss.
         straight_through: Whether masked units are trained too, with the gradient they would have if they were open.
             Without, they are trained in the steps in which they are open; on the digits that served better at nearly
@@ -97,14 +100,13 @@ def train_tolerant(
     """
     if not 0 <= distil <= 1:
         raise OptionError(f"distil: a weight from 0 to 1 is needed, not {distil}")
-    if isinstance(data, Iterator):
-        raise OptionError("data: an iterator is empty after one pass; give a list or a loader")
     settings = dataclasses.replace(settings or Settings(), epochs=epochs)
     graph = trace(task.model, task.inputs)
     # The trace reads the task's own weights; an order that is fixed must not follow them when they change.
     graph = graph.with_values({name: graph.values[name].detach().clone() for name in graph.tensors})
-    options = {"criterion": criterion, "allocator": allocator, "data": data, "seed": seed}
-    plans = [_plan(graph, goal, options) for goal in _levels(budget)]
+    with seeded(seed, data):
+        scores = score(graph, criterion, data, seed)
+    plans = [make_plan(graph, goal, scores, allocator, seed=seed) for goal in _levels(budget)]
     module = GatedModule(graph, straight_through)
     teacher = copy.deepcopy(task.model).to(device_of(module)).eval() if distil else None
     generator = torch.Generator().manual_seed(seed)
@@ -131,7 +133,7 @@ def train_tolerant(
         module.mask({})
         recalibrate(module, task.train)
     trained = {name: value.detach() for name, value in module.values.items()}
-    return Tolerant(graph.with_values(trained), graph, options)
+    return Tolerant(graph.with_values(trained), graph, scores, allocator, seed)
 
 
 def _levels(budget: str) -> list[str]:
@@ -142,9 +144,3 @@ def _levels(budget: str) -> list[str]:
 
 def _between(share: float, kept: float) -> float:
     return kept + (1 - kept) * share
-
-
-def _plan(graph: Graph, budget: str, options: Mapping[str, Any]) -> Plan:
-    """A plan in the same order at every budget: data come in the same order too."""
-    with seeded(options["seed"], options["data"]):
-        return make_plan(graph, budget, **options)

@@ -20,24 +20,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metaprune.calibration import Leaves, batch_size, joined, leaves_of
+from metaprune.calibration import ROWS, ROWS_PER_COLUMN, Leaves, batch_size, joined, leaves_of, some_rows
 from metaprune.graphs import operators
 from metaprune.graphs.errors import MetapruneError, OptionError
-from metaprune.graphs.ir import Graph, Meta
+from metaprune.graphs.ir import Graph
 from metaprune.graphs.linear import Linear, linear_layers
-from metaprune.graphs.replay import Replay
+from metaprune.graphs.replay import Replay, peak_bytes
 from metaprune.graphs.responses import Response, responses
 from metaprune.graphs.structure import Ref
 from metaprune.graphs.survivors import Survivors
-from metaprune.ridge import Moments, fitted
+from metaprune.ridge import RIDGES, Moments, fitted
 
 if TYPE_CHECKING:
     from metaprune.api import Pruned
 
 SAMPLES = 500
 MEMORY = 2 << 30
-ROWS = 16384
-ROWS_PER_COLUMN = 8
 _CHUNK = 32
 _FOLDS = 5
 _SAME = 1e-5
@@ -97,21 +95,24 @@ class Fit:
         seed: int = 0,
         rows: int = ROWS,
         rows_per_column: int = ROWS_PER_COLUMN,
+        strengths: Sequence[float] = RIDGES,
     ) -> None:
         """Takes a graph, its cut, the tensors to start from, the plan's edits and the samples, one at a time.
 
-        A layer is fitted on `rows` positions, or on `rows_per_column` for each of its columns where that is more.
+        A layer is fitted on `rows` positions, or on `rows_per_column` for each of its columns where that is more, at
+        the best of the ridge strengths.
         """
         self.values = {name: value.clone() for name, value in values.items()}
         self.changed: set[str] = set()
         self.fitted = 0
         self._graph = cut
-        self._rows, self._rows_per_column = rows, rows_per_column
+        self._needed = rows, rows_per_column
+        self._strengths = strengths
         self._survivors = Survivors(dense, keep)
         self._generator = torch.Generator().manual_seed(seed)
         layers = {n: layer for n, layer in linear_layers(cut).items() if _alike(dense, cut, layer)}
         self._responses = responses(cut, layers)
-        leaves = leaves[: max(_FOLDS, memory // (_peak(dense) + _peak(cut)))]
+        leaves = leaves[: max(_FOLDS, memory // (peak_bytes(dense) + peak_bytes(cut)))]
         batches = joined(dense, leaves, batch_size(dense) or max(1, min(_CHUNK, len(leaves) // _FOLDS)))
         self.samples = len(leaves)
         inputs = frozenset(response.layer.input for response in self._responses.values())
@@ -155,7 +156,6 @@ class Fit:
         norm = self._cut.function(response.norm, layer.node) if response.norm else None
         outputs = self.values[layer.weight].numel() // (layer.groups * layer.width)
         made = [Moments.zeros(layer.groups, layer.width, outputs, inputs[0].device) for _ in range(2)]
-        most = -(-max(self._rows, self._rows_per_column * layer.width) // len(inputs))
         for number, (value, goal, other) in enumerate(zip(inputs, goals, others, strict=True)):
             wish = self._survivors.part(response.target, goal)
             wish = wish if other is None else wish - other
@@ -163,7 +163,8 @@ class Fit:
                 start = own(number, value)
                 start = start if norm is None else norm(number, start)
                 wish = response.wish(wish, start, self._cut, number)
-            rows = self._chosen(layer.positions(wish), most, wish.device)
+            positions = layer.positions(wish)
+            rows = some_rows(positions, layer.width, len(inputs), self._generator, wish.device, *self._needed)
             columns, wishes = layer.columns(value, rows).float(), layer.outputs(wish, rows).float()
             if columns.shape[1] != wishes.shape[1]:
                 return None
@@ -173,12 +174,6 @@ class Fit:
             raise MetapruneError(f"reconstruct: values around {layer.node} are not finite")
         return made[0], made[1]
 
-    def _chosen(self, count: int, most: int, device: torch.device) -> Tensor | None:
-        """A random choice of rows where there are more than the fit needs."""
-        if count <= most:
-            return None
-        return torch.randperm(count, generator=self._generator)[:most].sort().values.to(device)
-
     def _write(self, response: Response, train: Moments, held_out: Moments) -> None:
         layer = response.layer
         weight = self.values[layer.weight]
@@ -186,7 +181,7 @@ class Fit:
         if response.norm:
             self._write_norm(response, prior, train, held_out)
             return
-        matrix, bias = fitted(train, held_out, prior, intercept=bool(layer.bias))
+        matrix, bias = fitted(train, held_out, prior, bool(layer.bias), self._strengths)
         self._put(layer.weight, layer.tensor(matrix))
         if layer.bias:
             self._put(layer.bias, bias.flatten())
@@ -206,7 +201,7 @@ class Fit:
         scale = self.values[gain].double() / deviation if gain else 1 / deviation
         scale = torch.where(scale.abs() > _TINY, scale, torch.ones_like(scale))
         by_group = scale.reshape(layer.groups, 1, -1)
-        matrix, bias = fitted(train, held_out, prior * by_group, intercept=True)
+        matrix, bias = fitted(train, held_out, prior * by_group, True, self._strengths)
         matrix, bias = matrix / by_group, bias.flatten()
         offset = self.values[layer.bias].double() if layer.bias else torch.zeros_like(scale)
         if gain:
@@ -231,24 +226,3 @@ def _alike(dense: Graph, cut: Graph, layer: Linear) -> bool:
     """Whether a layer of the cut graph is the cut of the dense graph's node of the same name."""
     node = dense.nodes.get(layer.node)
     return node is not None and node.op == cut.nodes[layer.node].op and layer.input in dense.nodes
-
-
-def _peak(graph: Graph) -> int:
-    """Bytes of activations alive at once for one sample, when every node is dropped after its last use."""
-    last: dict[str, str] = {}
-    sizes: dict[str, int] = {}
-    for node in graph.nodes.values():
-        last.update(dict.fromkeys(node.refs(), node.name))
-        meta = node.meta
-        if isinstance(meta, Meta) and node.op != "tensor":
-            grows = any(meta.batched)
-            sizes[node.name] = torch.Size(meta.shape).numel() * meta.dtype.itemsize // (meta.shape[0] if grows else 1)
-    ending: dict[str, list[str]] = {}
-    for name, user in last.items():
-        ending.setdefault(user, []).append(name)
-    alive = peak = 0
-    for name in graph.nodes:
-        alive += sizes.get(name, 0)
-        peak = max(peak, alive)
-        alive -= sum(sizes.get(gone, 0) for gone in ending.get(name, ()))
-    return max(1, peak)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,16 +87,20 @@ def ridge(moments: Moments, prior: Tensor, strength: float, intercept: bool) -> 
     return matrix, bias
 
 
-def fitted(train: Moments, held_out: Moments, prior: Tensor, intercept: bool) -> tuple[Tensor, Tensor]:
+def fitted(
+    train: Moments, held_out: Moments, prior: Tensor, intercept: bool, strengths: Sequence[float] = RIDGES
+) -> tuple[Tensor, Tensor]:
     """Ridge regression of all rows, at the strength that does best on the rows held out of a first fit.
 
-    Staying at the prior, which is an infinite strength, is one of the choices.
+    Staying at the prior, which is an infinite strength, is one of the choices. A single strength is taken as it is.
 
     Returns:
         The matrix, and the bias of shape [groups, outputs], zero without an intercept.
     """
+    if len(strengths) == 1:
+        return ridge(train + held_out, prior, strengths[0], intercept)
     best, strength = held_out.error(prior, _bias(train, prior, intercept)), float("inf")
-    for candidate in RIDGES:
+    for candidate in strengths:
         error = held_out.error(*ridge(train, prior, candidate, intercept))
         if error < best:
             best, strength = error, candidate

@@ -23,7 +23,7 @@ from metaprune.graphs.errors import OptionError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.graphs.portable import GatedModule
-from metaprune.planning import make_plan
+from metaprune.planning import default_criterion, make_plan
 from metaprune.recovery import recalibrate
 from metaprune.search.budget import Budget
 from metaprune.task import Task
@@ -117,6 +117,7 @@ def train_pruned(
     if isinstance(data, Iterator):
         raise OptionError("data: an iterator is empty after one pass; give a list or a loader")
     graph = trace(task.model, task.inputs)
+    criterion = default_criterion(criterion, data)
     make_plan(graph, budget, "magnitude", "uniform")  # what can not be met is said at once
     module = GatedModule(graph)
     masked = _Masked(module, graph)

@@ -31,7 +31,7 @@ Scores: TypeAlias = Sequence[NDArray[np.float64]]
 _WAY = {"1/3": 1 / 3, "2/3": 2 / 3, "all": 1.0}  # from uniform to the other allocation
 _FITTED, _JUDGED = 0.2, 0.4  # shares of the samples: the first to fit on, the last to judge by
 _CHUNK = 50
-_ROWS, _ROWS_PER_COLUMN = 4096, 8  # coarser than a fit that is to be kept
+_ROWS, _ROWS_PER_COLUMN, _STRENGTHS = 4096, 4, (1e-2,)  # coarser than a fit that is to be kept
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,17 @@ def _measured(
     seed: int,
 ) -> float:
     small = cut(graph, keep).graph
-    fit = Fit(graph, small, small.values, keep, fitted, seed=seed, rows=_ROWS, rows_per_column=_ROWS_PER_COLUMN)
+    fit = Fit(
+        graph,
+        small,
+        small.values,
+        keep,
+        fitted,
+        seed=seed,
+        rows=_ROWS,
+        rows_per_column=_ROWS_PER_COLUMN,
+        strengths=_STRENGTHS,
+    )
     try:
         fit.run()
         found = [outputs_in(execute(small, fit.values, batch)) for batch in judged]

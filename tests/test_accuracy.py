@@ -1,5 +1,6 @@
 """The accuracy benchmark's own machinery: what is spent, what is compared, and that a kill loses nothing."""
 
+import dataclasses
 import importlib
 import math
 import os
@@ -22,7 +23,16 @@ import metaprune as mp
 from metaprune.evaluation import single_thread
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-MODULES = ("accuracy", "accuracy_arms", "accuracy_case", "accuracy_peer", "accuracy_report", "ledger")
+MODULES = (
+    "accuracy",
+    "accuracy_arms",
+    "accuracy_case",
+    "accuracy_cost",
+    "accuracy_peer",
+    "accuracy_report",
+    "fashion",
+    "ledger",
+)
 pytestmark = pytest.mark.xdist_group("accuracy")  # one process: the fixture is expensive
 
 PROGRAM = '''"""A tiny setting of the benchmark on digits."""
@@ -116,7 +126,7 @@ def test_a_row_is_not_joined_to_one_that_was_cut_off(bench: dict[str, ModuleType
 class Known:
     """A case of which only the costs matter: 1,000 multiply-adds, 40 batches."""
 
-    macs, train = 1000, range(40)
+    macs, train = 1000, range(40)  # 0.75 epochs of the dense network are 30 of its steps
 
 
 @pytest.mark.parametrize("recipe", ["finetune", "kd"])
@@ -135,6 +145,23 @@ def test_equal_epochs_are_the_dense_networks(bench: dict[str, ModuleType]) -> No
     arm = bench["accuracy_arms"].WITH_TRAINING["from scratch, equal epochs"]
     assert arm.steps(Known, 125) == 5 * 40
     assert arm.spent(Known, 125) == pytest.approx(5 * 0.125)
+
+
+def test_the_cost_of_a_row_is_that_of_its_steps_and_scorings(bench: dict[str, ModuleType]) -> None:
+    cost, arms = bench["accuracy_cost"], bench["accuracy_arms"]
+    pace = cost.Pace(Known, step=cost._line([1.125, 2.0]), scoring=(0.25, 1.0), teacher=0.5)
+    assert pace.step == pytest.approx((1.0, 1.0))
+    finetuned, distilled = (arms.Trained(lambda case, budget: None, recipe) for recipe in ("finetune", "kd"))
+    assert finetuned.steps(Known, 250) == 120
+    assert pace.seconds(finetuned, 0.25) == pytest.approx(cost.PLANNING + 3 * 0.5 + 120 * 1.25)
+    steps = distilled.steps(Known, 250)
+    assert pace.seconds(distilled, 0.25) == pytest.approx(cost.PLANNING + 3 * 0.5 + steps * 1.75)
+    assert pace.seconds(lambda case, budget: None, 0.25) == pytest.approx(cost.PLANNING + 0.5)
+
+
+def test_there_is_one_recipe(bench: dict[str, ModuleType]) -> None:
+    settings = bench["fashion"].settings(1)
+    assert dataclasses.replace(settings, channels_last=False) == mp.Settings(epochs=1)  # what `recover` trains with
 
 
 def row(name: str, seed: int, arm: str, score: float, table: str = "equal FLOPs") -> dict[str, Any]:
@@ -207,6 +234,10 @@ def test_sparse_learning_takes_from_the_weak_and_ends_with_its_training(
         assert seconds > 0
         assert not learned.training
     kept = norms[1] / norms[0]  # of each channel's squared norm
+    arm = bench["accuracy_peer"].group_norm_sparse(global_=False)
+    first, second = arm(case, 0.5), arm(case, 0.4)
+    assert first.seconds == 0 < second.seconds == case.shared["sparse"][1]  # what the second row found there
+    assert second.macs <= 0.4 * case.macs
     assert (kept < 1).all()
     assert kept[norms[0].argmin()] < kept[norms[0].argmax()]
     assert len(_global_optimizer_pre_hooks) == hooks

@@ -1,5 +1,7 @@
 """Closed-form compensation: exact where it must be, means and deviations re-computed by hooks elsewhere."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,8 @@ import metaprune as mp
 from metaprune.compensation import absorb, match_moments
 from metaprune.datasets import digits
 from metaprune.evaluation import evaluate
+from metaprune.graphs.execute import execute
+from metaprune.graphs.replay import peak_bytes
 
 
 def convolutional(bias: bool = True, padding: int = 0) -> nn.Sequential:
@@ -200,3 +204,39 @@ def test_a_plain_network_on_digits_gains_from_both() -> None:
     assert cut < evaluate(model, held_out) - 0.2
     assert evaluate(absorb(pruned, batches).module, held_out) > cut
     assert evaluate(match_moments(pruned, batches).module, held_out) > cut + 0.2
+
+
+def test_the_peak_is_what_is_alive_at_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    assert peak_bytes(mp.trace(model, torch.zeros(3, 4, dtype=torch.float64))) == 8 * (8 + 8)  # before and behind ReLU
+
+
+def test_little_memory_means_fewer_samples_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = convolutional(), images()
+    pruned = without_odd_units(model, inputs)
+    passed: list[int] = []
+
+    def counted(graph: Any, values: Any, batch: Any, watch: Any) -> Any:
+        passed.append(max(len(value) for value in batch.values()))
+        return execute(graph, values, batch, watch=watch)
+
+    monkeypatch.setattr("metaprune.compensation.execute", counted)
+    unbounded, (most, *_) = absorb(pruned, [inputs]), passed
+    passed.clear()
+    absorbed = absorb(pruned, [inputs], memory=3 * peak_bytes(pruned.original))
+    assert max(passed) == 3 < most
+    torch.testing.assert_close(output(absorbed.module, inputs), output(unbounded.module, inputs), rtol=0, atol=1e-12)
+
+
+def test_little_memory_means_fewer_samples_to_match() -> None:
+    torch.manual_seed(4)
+    layers = [nn.Conv2d(1, 6, 3), nn.GELU(), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 4, 3)]
+    model, inputs = nn.Sequential(*layers).double().eval(), images()
+    pruned = without_odd_units(model, inputs)
+    memory = 7 * peak_bytes(pruned.graph)
+    bounded, some, all_ = (
+        output(match_moments(pruned, [inputs], **options).module, inputs)
+        for options in ({"memory": memory}, {"samples": 7}, {})
+    )
+    torch.testing.assert_close(bounded, some, rtol=0, atol=1e-9)
+    assert (bounded - all_).abs().max() > 1e-3

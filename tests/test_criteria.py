@@ -212,6 +212,17 @@ def test_bad_data_are_named(options: dict[str, Any], said: str) -> None:
         mp.plan(mp.trace(mlp(), vectors(2)), **options)
 
 
+def test_data_are_refused_where_neither_the_criterion_nor_the_fit_looks_at_them() -> None:
+    graph, data = mp.trace(mlp(), vectors(2)), [vectors(12)]
+    with pytest.raises(OptionError, match="does not use data"):
+        mp.prune(graph, criterion="magnitude", data=data, reconstruct=False)
+    fitted = mp.prune(graph, criterion="magnitude", data=data)
+    assert fitted.plan.keep == mp.plan(graph, criterion="magnitude").keep
+    assert any("least squares" in note for note in fitted.notes)
+    scored = mp.prune(graph, criterion="fisher", data=data, reconstruct=False)
+    assert scored.plan == mp.plan(graph, criterion="fisher", data=data)
+
+
 def test_an_output_without_gradient_is_named() -> None:
     class Choice(nn.Module):
         def __init__(self) -> None:

@@ -1,5 +1,6 @@
 """Training before the cut: after it, a small network is far better than before, and the order is the fixed one."""
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_masked_units_keep_their_weights_unless_open(small: mp.Task, monkeypatch
     [
         ({"distil": 1.5}, "distil: a weight from 0 to 1"),
         ({"epochs": -1}, "epochs"),
-        ({"data": iter([])}, "data: an iterator"),
+        ({"data": iter([])}, "no samples"),
         ({"budget": "macs=2"}, "budget"),
         ({"criterion": "magic"}, "criterion"),
         ({"criterion": "fisher"}, "needs calibration data"),
@@ -123,6 +124,25 @@ def test_masked_units_keep_their_weights_unless_open(small: mp.Task, monkeypatch
 def test_bad_options_are_named(small: mp.Task, options: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match=said):
         train_tolerant(small, **options)
+
+
+def test_the_order_by_data_is_that_of_one_pass_over_them(small: mp.Task) -> None:
+    batches = [images for images, _ in small.train]
+    passes = 0
+
+    class Once:
+        def __iter__(self) -> Iterator[Tensor]:
+            nonlocal passes
+            passes += 1
+            return iter(batches)
+
+    tolerant = train_tolerant(small, SMALL, epochs=0, criterion="fisher", data=Once(), seed=3)
+    graph = mp.trace(small.model, small.inputs)
+    for budget in (SMALL, "macs=0.5"):
+        assert tolerant.plan(budget) == mp.plan(graph, budget, criterion="fisher", data=batches, seed=3)
+    assert passes == 1
+    again = train_tolerant(small, SMALL, epochs=0, criterion="fisher", data=iter(batches), seed=3)
+    assert again.plan(SMALL) == tolerant.plan(SMALL)
 
 
 def test_levels_run_from_the_smallest_budget_to_the_whole() -> None:
