@@ -54,7 +54,12 @@ def _made(pruned: mp.Pruned) -> Made:
     return Made(pruned.module, pruned.cost["after"].macs, pruned.cost["after"].params, pruned)
 
 
-CLOSED_FORM = "block Fisher, cost + least squares"
+def _closed_form(case: Case, budget: float) -> Made:
+    """What `metaprune.prune` does by default when it has data."""
+    return _made(mp.prune(case.graph, budget=f"macs={budget}", data=case.calibration, seed=case.seed))
+
+
+CLOSED_FORM = "closed form (default)"
 WITHOUT_TRAINING: dict[str, Arm] = {
     "random, uniform": _planned("random", "uniform"),
     "L2, uniform": _planned("magnitude", "uniform"),
@@ -72,7 +77,8 @@ WITHOUT_TRAINING: dict[str, Arm] = {
     "Taylor + least squares": _planned("taylor", "global", True),
     "OBSPA + least squares": _planned("obspa", "global", True),
     "Fisher, cost + least squares": _planned("fisher", "cost", True),
-    CLOSED_FORM: _planned("fisher_block", "cost", True),
+    "block Fisher, cost + least squares": _planned("fisher_block", "cost", True),
+    CLOSED_FORM: _closed_form,
 }
 
 
@@ -113,11 +119,10 @@ class Trained:
 
 
 _CLOSED = WITHOUT_TRAINING[CLOSED_FORM]
-_STRUCTURE = WITHOUT_TRAINING["block Fisher, cost"]
 DISTILLED = "closed form, kd_features"
 WITH_TRAINING: dict[str, Trained] = {
-    "from scratch, equal FLOPs": Trained(_STRUCTURE, fresh=True),
-    "from scratch, equal epochs": Trained(_STRUCTURE, fresh=True, epochs=fashion.EPOCHS),
+    "from scratch, equal FLOPs": Trained(_CLOSED, fresh=True),
+    "from scratch, equal epochs": Trained(_CLOSED, fresh=True, epochs=fashion.EPOCHS),
     "random, uniform, fine-tuned": Trained(WITHOUT_TRAINING["random, uniform"]),
     "L2, uniform, fine-tuned": Trained(WITHOUT_TRAINING["L2, uniform"]),
     "L2 over mean, fine-tuned": Trained(WITHOUT_TRAINING["L2 over mean"]),
@@ -127,7 +132,6 @@ WITH_TRAINING: dict[str, Trained] = {
     "Torch-Pruning, sparse learning, local, fine-tuned": Trained(group_norm_sparse(global_=False), before=HALF),
     "Torch-Pruning, sparse learning, global, fine-tuned": Trained(group_norm_sparse(global_=True), before=HALF),
     "closed form, fine-tuned": Trained(_CLOSED),
-    "closed form, kd": Trained(_CLOSED, "kd"),
     "closed form, kd_standardised": Trained(_CLOSED, "kd_standardised"),
     DISTILLED: Trained(_CLOSED, "kd_features"),
 }

@@ -30,6 +30,7 @@ from metaprune.graphs.surgery import cut
 from metaprune.graphs.trace import trace as _trace
 from metaprune.planning import make_plan
 from metaprune.reconstruction import reconstruct as fit_weights
+from metaprune.search.allocate import MEASURED
 
 _PORTABLE_NOTE = (
     "portable form: batch norm and dropout follow train() and eval(); other behaviour that exists only in training "
@@ -113,10 +114,13 @@ def plan(
         criterion: How units are scored; see `metaprune.criteria.CRITERIA`. By default `"fisher_block"` when there are
             data, else `"magnitude"`.
         allocator: How many units each group keeps: `"uniform"`, `"global"`, `"sap"` (more is taken from groups whose
-            scores are uneven) or `"cost"` (importance removed per cost removed, for scores that add up: the default
-            for `"fisher"` and `"fisher_block"`; otherwise `"global"` is).
-        data: Batches of inputs or of (inputs, labels), for criteria that look at data; with others they are refused. At
-            most 256 samples are used.
+            scores are uneven), `"cost"` (importance removed per cost removed, for scores that add up) or
+            `"measured"` (several of these, with units ranked by the criterion and by their norms; each is cut and
+            fitted on some of the data, and the one nearest to the dense network on others is taken). By default
+            `"measured"` when there are data and no criterion is named, else `"cost"` for `"fisher"` and
+            `"fisher_block"`, else `"global"`.
+        data: Batches of inputs or of (inputs, labels) for criteria and allocators that look at data; at most
+            256 samples are scored by, and 500 measured with. Where neither looks at them they are refused.
         round_to: Kept channel counts are multiples of this.
         protect: Globs of groups or tensors that stay whole.
         only: Globs of the groups or tensors that may shrink; empty for all.
@@ -177,7 +181,7 @@ def prune(
     plan is made again.
 
     With `data` the default is the closed-form core: units are chosen by `criterion="fisher_block"` and
-    `allocator="cost"`, and the weights of what remains are fitted to the dense network's responses by
+    `allocator="measured"`, and the weights of what remains are fitted to the dense network's responses by
     `metaprune.reconstruct`, all without labels and without training. The certificate is of the cut, before the weights
     are fitted. Data that neither the criterion nor the fit would look at are refused.
 
@@ -190,8 +194,8 @@ def prune(
         raise OptionError("reconstruct: calibration data are needed")
     if data is not None:
         data = repeatable(data)
-    fits_only = reconstruct and criterion is not None and not criteria.find(criterion).data
-    planned_on = None if fits_only else data  # data that neither the criterion nor the fit looks at are refused
+    looked_at = criterion is None or allocator == MEASURED or criteria.find(criterion).data
+    planned_on = data if looked_at or not reconstruct else None
     graph = model if isinstance(model, Graph) else trace(model, inputs)
     protected = [protect] if isinstance(protect, str) else list(protect)
     blamed: list[str] = []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from metaprune.graphs.ir import Graph, Meta
 from metaprune.graphs.structure import put_together, take_apart
 
 NOISE = "noise"
+Leaves: TypeAlias = dict[str, Tensor]
+"""Values of a graph's input nodes, by node."""
 
-_ROWS = 16384
-_ROWS_PER_COLUMN = 8
+ROWS = 16384
+ROWS_PER_COLUMN = 8
 
 
 def samples_of(graph: Graph, data: Any, seed: int = 0) -> Iterator[Any]:
@@ -53,16 +55,26 @@ def repeatable(data: Any) -> Any:
     return list(data) if isinstance(data, Iterator) else data
 
 
-def batches_of(graph: Graph, data: Any, size: int, samples: int, seed: int = 0) -> list[dict[str, Tensor]]:
+def batches_of(graph: Graph, data: Any, size: int, samples: int, seed: int = 0) -> list[Leaves]:
     """Batches of at most `size` samples, as values of the graph's input nodes on the graph's device.
 
     Raises:
         OptionError: See `samples_of`; or there are no samples, or they do not fit the network.
     """
-    device = next((value.device for value in graph.values.values()), torch.device("cpu"))
+    return joined(graph, leaves_of(graph, data, samples, seed), size)
+
+
+def leaves_of(graph: Graph, data: Any, samples: int, seed: int = 0) -> list[Leaves]:
+    """The first samples, at most so many, as values of the graph's input nodes; for errors see `batches_of`."""
     leaves = [input_leaves(graph, sample) for sample in islice(samples_of(graph, data, seed), samples)]
     if not leaves:
         raise OptionError("data: there are no samples")
+    return leaves
+
+
+def joined(graph: Graph, leaves: Sequence[Leaves], size: int) -> list[Leaves]:
+    """Samples put together to batches of at most `size`, on the graph's device; for errors see `batches_of`."""
+    device = next((value.device for value in graph.values.values()), torch.device("cpu"))
     found = []
     for first in range(0, len(leaves), size):
         part = leaves[first : first + size]
@@ -78,22 +90,16 @@ def batch_size(graph: Graph) -> int:
     return max((meta.shape[0] for meta in metas if meta.shape), default=1)
 
 
-def some_rows(count: int, width: int, parts: int, generator: torch.Generator, device: torch.device) -> Tensor | None:
-    """A random choice of rows from one part of the data, where there are more than second moments need.
+def share_of_rows(width: int, parts: int, rows: int = ROWS, rows_per_column: int = ROWS_PER_COLUMN) -> int:
+    """Rows that each of several parts of the data gives to second moments of so many columns.
 
-    Over all parts 16,384 rows do, or eight for each column if those are more.
-
-    Args:
-        count: Rows of the part.
-        width: Columns.
-        parts: Number of parts that share the rows needed.
-        generator: Draws the rows, on the CPU.
-        device: Where they are wanted.
-
-    Returns:
-        Their numbers in order; None for all rows.
+    All parts together give `rows`, or `rows_per_column` for each column where that is more.
     """
-    most = -(-max(_ROWS, _ROWS_PER_COLUMN * width) // parts)
+    return -(-max(rows, rows_per_column * width) // parts)
+
+
+def some_rows(count: int, most: int, generator: torch.Generator, device: torch.device) -> Tensor | None:
+    """Numbers, in order, of at most `most` rows out of `count`, drawn at random; None for all rows."""
     if count <= most:
         return None
     return torch.randperm(count, generator=generator)[:most].sort().values.to(device)
@@ -103,6 +109,14 @@ def tensors_in(value: Any) -> list[Tensor]:
     """All tensors of a nested value, in order."""
     found: list[Tensor] = []
     take_apart(value, found.append, lambda _, other: None)
+    return found
+
+
+def outputs_in(output: Any) -> list[Tensor]:
+    """The floating-point tensors of a network's output; raises `OptionError` when there are none."""
+    found = [t for t in tensors_in(output) if t.is_floating_point()]
+    if not found:
+        raise OptionError("data: the network gives no floating-point output")
     return found
 
 

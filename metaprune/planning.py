@@ -15,9 +15,11 @@ from metaprune.graphs.errors import OptionError
 from metaprune.graphs.groups import Group
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
+from metaprune.search.allocate import MEASURED
 from metaprune.search.allocate import find as find_allocator
 from metaprune.search.budget import COSTS, Budget
 from metaprune.search.problem import Problem, check_feasible
+from metaprune.selection import Choice, around, nearest
 from metaprune.statistics import collect, collect_second_moments
 
 _COUNTED_IN_STEPS = ("channels", "residual", "ffn", "hidden", "other")
@@ -61,9 +63,8 @@ def make_plan(
     """See `metaprune.plan`; scores of the units that are there already are given as `criterion`, without data."""
     goal = Budget.parse(budget)
     scored = criterion if isinstance(criterion, Scores) else None
-    criterion = criterion.criterion if isinstance(criterion, Scores) else _criterion(criterion, data)
-    allocator = allocator or ("cost" if criteria.find(criterion).additive else "global")
-    allocate = find_allocator(allocator)
+    named = criterion.criterion if isinstance(criterion, Scores) else criterion
+    criterion, allocator, natural = _resolved(named, allocator, data)
     if type(round_to) is not int or round_to < 1:
         raise OptionError(f"round_to: must be a positive whole number, not {round_to!r}")
     if type(seed) is not int:
@@ -87,8 +88,9 @@ def make_plan(
         and (not only or _matches(group, only))
         and (kinds is None or group.kind in kinds)
     ]
+    looked_at = data if allocator != MEASURED or criteria.find(criterion).data else None
     if scored is None:
-        scores, samples = unit_scores(graph, [groups[i] for i in free], criterion, data, seed)
+        scores, samples = unit_scores(graph, [groups[i] for i in free], criterion, looked_at, seed)
     else:
         scores, samples = [scored.units[groups[i].name] for i in free], scored.samples
     step = [round_to if groups[i].kind in _COUNTED_IN_STEPS and groups[i].size >= round_to else 1 for i in free]
@@ -97,14 +99,18 @@ def make_plan(
     problem = Problem(costs, free, scores, goal, np.array(step, dtype=np.int64), np.array(least, dtype=np.int64))
     if not free:
         check_feasible(problem)
-    kept = allocate(problem) if free else np.empty(0, dtype=np.int64)
-    keep: dict[str, tuple[int, ...]] = {}
-    for i, count, values in zip(free, kept.tolist(), scores, strict=True):
-        if count < groups[i].size:
-            best = np.lexsort((np.arange(len(values)), -values))[:count]
-            keep[groups[i].name] = tuple(sorted(best.tolist()))
+    chosen = Choice("", scores, np.empty(0, dtype=np.int64))
+    losses: dict[str, float] = {}
+    if free:
+        kept = find_allocator(natural if allocator == MEASURED else allocator)(problem)
+        chosen = Choice(allocator, scores, kept)
+    if free and allocator == MEASURED:
+        by_norm, _ = unit_scores(graph, [groups[i] for i in free], "magnitude")
+        choices = around(problem, kept, natural, {criterion: scores, "magnitude": by_norm})
+        chosen, losses = nearest(graph, [groups[i] for i in free], choices, data, seed)
+    keep = chosen.keep([groups[i] for i in free])
     counts = costs.sizes.copy()
-    counts[free] = kept
+    counts[free] = chosen.kept
     reached = {c: _fraction(costs.evaluate(c, counts[None])[0], costs.evaluate(c, costs.sizes[None])[0]) for c in COSTS}
     provenance: dict[str, Any] = {
         "criterion": criterion,
@@ -116,7 +122,21 @@ def make_plan(
         "kinds": None if kinds is None else list(kinds),
         "seed": seed,
     }
+    if losses:
+        provenance["measured"] = losses
     return Plan(keep, graph.fingerprint, goal.text, reached, provenance)
+
+
+def _resolved(criterion: str | None, allocator: str | None, data: Any) -> tuple[str, str, str]:
+    """Criterion, allocator, and the allocator that goes with the criterion; raises `OptionError`."""
+    chosen = _criterion(criterion, data)
+    natural = "cost" if criteria.find(chosen).additive else "global"
+    allocator = allocator or (MEASURED if criterion is None and data is not None else natural)
+    if allocator != MEASURED:
+        find_allocator(allocator)
+    elif data is None:
+        raise OptionError(f"data: allocator {MEASURED!r} needs calibration data")
+    return chosen, allocator, natural
 
 
 def unit_scores(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metaprune.calibration import batch_size, batches_of, some_rows
+from metaprune.calibration import ROWS, ROWS_PER_COLUMN, Leaves, batch_size, joined, leaves_of, share_of_rows, some_rows
 from metaprune.graphs import operators
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.ir import Graph
@@ -65,7 +65,8 @@ def reconstruct(pruned: Pruned, data: Any, samples: int = SAMPLES, memory: int =
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     now = {name: own.get(name, value).detach() for name, value in pruned.graph.values.items()}
     with torch.no_grad():
-        fit = _Fit(pruned.original, pruned.graph, now, pruned.plan.keep, data, samples, memory, seed)
+        leaves = leaves_of(pruned.original, data, samples, seed)
+        fit = Fit(pruned.original, pruned.graph, now, pruned.plan.keep, leaves, memory, seed)
         fit.run()
         for name in fit.changed:
             own[name].copy_(fit.values[name])
@@ -73,8 +74,15 @@ def reconstruct(pruned: Pruned, data: Any, samples: int = SAMPLES, memory: int =
     return dataclasses.replace(pruned, module=module, notes=(*pruned.notes, note))
 
 
-class _Fit:
-    """One reconstruction in progress."""
+class Fit:
+    """One reconstruction in progress.
+
+    Attributes:
+        values: The cut graph's tensors; those that are fitted are changed by `run`.
+        changed: Names of the tensors that were.
+        fitted: Number of layers.
+        samples: Number of samples they were fitted on.
+    """
 
     def __init__(
         self,
@@ -82,23 +90,28 @@ class _Fit:
         cut: Graph,
         values: Mapping[str, Tensor],
         keep: Mapping[str, tuple[int, ...]],
-        data: Any,
-        samples: int,
-        memory: int,
-        seed: int,
+        leaves: Sequence[Leaves],
+        memory: int = MEMORY,
+        seed: int = 0,
+        rows: int = ROWS,
+        rows_per_column: int = ROWS_PER_COLUMN,
     ) -> None:
+        """Takes a graph, its cut, the tensors to start from, the plan's edits and the samples, one at a time.
+
+        A layer is fitted on `rows` positions, or on `rows_per_column` for each of its columns where that is more.
+        """
         self.values = {name: value.clone() for name, value in values.items()}
         self.changed: set[str] = set()
         self.fitted = 0
         self._graph = cut
+        self._rows, self._rows_per_column = rows, rows_per_column
         self._survivors = Survivors(dense, keep)
         self._generator = torch.Generator().manual_seed(seed)
         layers = {n: layer for n, layer in linear_layers(cut).items() if _alike(dense, cut, layer)}
         self._responses = responses(cut, layers)
-        samples = max(_FOLDS, min(samples, memory // (peak_bytes(dense) + peak_bytes(cut))))
-        size = batch_size(dense) or max(1, min(_CHUNK, samples // _FOLDS))
-        batches = batches_of(dense, data, size, samples, seed)
-        self.samples = min(samples, size * len(batches))
+        leaves = leaves[: max(_FOLDS, memory // (peak_bytes(dense) + peak_bytes(cut)))]
+        batches = joined(dense, leaves, batch_size(dense) or max(1, min(_CHUNK, len(leaves) // _FOLDS)))
+        self.samples = len(leaves)
         inputs = frozenset(response.layer.input for response in self._responses.values())
         goals = Counter(response.target for response in self._responses.values())
         halves = Counter(response.other for response in self._responses.values() if response.other)
@@ -140,6 +153,7 @@ class _Fit:
         norm = self._cut.function(response.norm, layer.node) if response.norm else None
         outputs = self.values[layer.weight].numel() // (layer.groups * layer.width)
         made = [Moments.zeros(layer.groups, layer.width, outputs, inputs[0].device) for _ in range(2)]
+        most = share_of_rows(layer.width, len(inputs), self._rows, self._rows_per_column)
         for number, (value, goal, other) in enumerate(zip(inputs, goals, others, strict=True)):
             wish = self._survivors.part(response.target, goal)
             wish = wish if other is None else wish - other
@@ -147,7 +161,7 @@ class _Fit:
                 start = own(number, value)
                 start = start if norm is None else norm(number, start)
                 wish = response.wish(wish, start, self._cut, number)
-            rows = some_rows(layer.positions(wish), layer.width, len(inputs), self._generator, wish.device)
+            rows = some_rows(layer.positions(wish), most, self._generator, wish.device)
             columns, wishes = layer.columns(value, rows).float(), layer.outputs(wish, rows).float()
             if columns.shape[1] != wishes.shape[1]:
                 return None

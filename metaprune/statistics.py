@@ -7,22 +7,26 @@ the gate, and half of it the loss to second order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaprune.calibration import samples_of, tensors_in
+from metaprune.calibration import Leaves, leaves_of, outputs_in
 from metaprune.curvature import Columns, collect_columns
-from metaprune.graphs.errors import MetapruneError, OptionError
-from metaprune.graphs.ir import Graph
+from metaprune.graphs.errors import MetapruneError
+from metaprune.graphs.execute import execute
+from metaprune.graphs.gates import Gates
+from metaprune.graphs.ir import Graph, Meta
 
 SAMPLES = 256
 TEMPERATURE = 4.0
+_CHUNK = 32
+_MEMORY = 256 << 20  # bytes of activations of the samples that are looked at together
 
 
 @dataclass(frozen=True)
@@ -81,27 +85,20 @@ def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0, per_
     ones = {g.name: torch.ones(g.size, dtype=reference.dtype, device=reference.device) for g in free}
     totals = {name: torch.zeros(3, len(one), dtype=torch.float64) for name, one in ones.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in ones}
-    count = 0
-    for inputs in islice(samples_of(graph, data, seed), samples):
-        gates = {name: one.clone().requires_grad_() for name, one in ones.items()}
-        outputs = _outputs(graph.run(None, inputs, gates))
-        if not all(bool(torch.isfinite(output).all()) for output in outputs):
-            raise MetapruneError(f"data: the network's output for sample {count} is not finite")
-        loss = _loss(outputs, generator)
-        gradients = torch.autograd.grad(loss, list(gates.values()), allow_unused=True) if gates else ()
-        for name, gradient in zip(gates, gradients, strict=True):
-            g = (torch.zeros_like(ones[name]) if gradient is None else gradient).detach().double().cpu()
-            totals[name] += torch.stack([g, g.abs(), g.square()])
+    leaves, size = leaves_of(graph, data, samples, seed), _chunk(graph)
+    count = len(leaves)
+    for first in range(0, count, size):
+        chunk = leaves[first : first + size]
+        for name, found in _gate_gradients(graph, chunk, ones, generator, first).items():
+            g = found.double().cpu()
+            totals[name] += torch.stack([g, g.abs(), g.square()]).sum(1)
             if per_sample:
                 rows[name].append(g.float())
-        count += 1
-    if not count:
-        raise OptionError("data: there are no samples")
     for name, total in totals.items():
         if not bool(torch.isfinite(total).all()):
             raise MetapruneError(f"data: the gradients of group {name} are not finite")
     moments = {name: Moments(*(total / count)) for name, total in totals.items()}
-    return Statistics(moments, count, rows={name: torch.stack(g) for name, g in rows.items()} if per_sample else {})
+    return Statistics(moments, count, rows={name: torch.cat(g) for name, g in rows.items()} if per_sample else {})
 
 
 def collect_second_moments(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> Statistics:
@@ -115,11 +112,53 @@ def collect_second_moments(graph: Graph, data: Any, samples: int = SAMPLES, seed
     return Statistics({}, next((found.samples for found in columns.values()), 0), columns)
 
 
-def _outputs(output: Any) -> list[Tensor]:
-    found = [t for t in tensors_in(output) if t.is_floating_point()]
-    if not found:
-        raise OptionError("data: the network gives no floating-point output to take gradients of")
-    return found
+def _chunk(graph: Graph) -> int:
+    """Samples that are looked at together: as many as keep their activations within bounds."""
+    metas = [node.meta for node in graph.nodes.values() if node.op != "tensor" and isinstance(node.meta, Meta)]
+    traced = max((meta.shape[0] for meta in metas if meta.batched[:1] == (True,)), default=1)
+    size = sum(torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in metas) // traced
+    return max(1, min(_CHUNK, _MEMORY // max(1, size)))
+
+
+def _gate_gradients(
+    graph: Graph, chunk: Sequence[Leaves], ones: Mapping[str, Tensor], generator: torch.Generator, first: int
+) -> dict[str, Tensor]:
+    """The gradient of each sample's loss by each gate, shape [samples, size] by group."""
+    gates = {name: one.expand(len(chunk), -1).clone().requires_grad_() for name, one in ones.items()}
+    results = _run_together(graph, chunk, gates)
+    if results is None:
+        results = [_run_one(graph, leaves, {k: g[i] for k, g in gates.items()}) for i, leaves in enumerate(chunk)]
+    losses = []
+    for number, outputs in enumerate(results, first):
+        if not all(bool(torch.isfinite(output).all()) for output in outputs):
+            raise MetapruneError(f"data: the network's output for sample {number} is not finite")
+        losses.append(_loss(outputs, generator))
+    if not gates:
+        return {}
+    found = torch.autograd.grad(torch.stack(losses).sum(), list(gates.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(gate) if gradient is None else gradient
+        for (name, gate), gradient in zip(gates.items(), found, strict=True)
+    }
+
+
+def _run_one(graph: Graph, leaves: Leaves, gates: Mapping[str, Tensor]) -> list[Tensor]:
+    return outputs_in(execute(graph, graph.values, leaves, Gates(graph.coupling, gates) if gates else None))
+
+
+def _run_together(graph: Graph, chunk: Sequence[Leaves], gates: Mapping[str, Tensor]) -> list[list[Tensor]] | None:
+    """The outputs of each sample, computed at once; None where shapes differ or an operator does not batch."""
+    shapes = {tuple((name, value.shape) for name, value in leaves.items()) for leaves in chunk}
+    if len(chunk) == 1 or len(shapes) > 1:
+        return None
+    stacked = {name: torch.stack([leaves[name] for leaves in chunk]) for name in chunk[0]}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        try:
+            outputs = torch.vmap(lambda leaves, own: tuple(_run_one(graph, leaves, own)))(stacked, dict(gates))
+        except RuntimeError:
+            return None
+    return [[output[i] for output in outputs] for i in range(len(chunk))]
 
 
 def _loss(outputs: list[Tensor], generator: torch.Generator) -> Tensor:

@@ -10,26 +10,12 @@ from numpy.typing import NDArray
 from metaprune.graphs.errors import OptionError
 from metaprune.search.cost_aware import cost_aware
 from metaprune.search.pqi import sap
-from metaprune.search.problem import FLOOR, Problem, check_feasible, filled
+from metaprune.search.problem import FLOOR, Problem, check_feasible, filled, proportional
 
 
 def uniform(problem: Problem) -> NDArray[np.int64]:
     """The same kept fraction for every group, the largest that the budget allows."""
-    sizes = problem.sizes
-    if problem.budget.width is not None:
-        return problem.at_width(problem.budget.width)
-    check_feasible(problem)
-    low, high = 0.0, 1.0
-    if problem.excess(sizes) <= 1:
-        return sizes
-    for _ in range(40):
-        middle = (low + high) / 2
-        if problem.excess(problem.rounded(middle * sizes)) <= 1:
-            low = middle
-        else:
-            high = middle
-    kept = problem.rounded(low * sizes)
-    return filled(problem, kept, order=np.argsort(-(low * sizes - kept), kind="stable"))
+    return proportional(problem, np.ones(len(problem.free)))
 
 
 def global_(problem: Problem) -> NDArray[np.int64]:
@@ -74,8 +60,12 @@ ALLOCATORS: dict[str, Callable[[Problem], NDArray[np.int64]]] = {
 }
 
 
+MEASURED = "measured"
+"""The allocator that is no function of the scores alone; see `metaprune.selection`."""
+
+
 def find(name: str) -> Callable[[Problem], NDArray[np.int64]]:
     """The allocator called `name`; raises `OptionError`."""
     if name not in ALLOCATORS:
-        raise OptionError(f"allocator: {name!r} is none of {', '.join(sorted(ALLOCATORS))}")
+        raise OptionError(f"allocator: {name!r} is none of {', '.join(sorted([*ALLOCATORS, MEASURED]))}")
     return ALLOCATORS[name]

@@ -16,6 +16,7 @@ from metaprune.search.budget import Budget
 Counts = NDArray[np.float64]
 Kept = NDArray[np.int64]
 FLOOR = 0.1  # share of its units that a group keeps where the budget allows it
+_HALVINGS = 60
 _TRIALS = 64  # groups tried one by one once no more of them fit together
 
 
@@ -95,6 +96,36 @@ def least_kept(problem: Problem) -> Kept:
             return least
         floor /= 2
     return problem.minimum.copy()
+
+
+def proportional(problem: Problem, weights: Counts) -> Kept:
+    """The largest allocation within the budget whose kept fractions are in proportion to weights, and at most 1.
+
+    Args:
+        problem: The problem.
+        weights: Shape [free], positive.
+    """
+    if problem.budget.width is not None:
+        return problem.at_width(problem.budget.width)
+    check_feasible(problem)
+    sizes = problem.sizes
+    if problem.excess(sizes) <= 1:
+        return sizes
+
+    def kept(scale: float) -> Counts:
+        counts: Counts = np.minimum(scale * weights, 1.0) * sizes
+        return counts
+
+    low, high = 0.0, float(1 / weights.min())  # within the budget; everything stays
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if problem.excess(problem.rounded(kept(middle))) <= 1:
+            low = middle
+        else:
+            high = middle
+    exact = kept(low)
+    whole = problem.rounded(exact)
+    return filled(problem, whole, order=np.argsort(-(exact - whole), kind="stable"))
 
 
 def filled(problem: Problem, kept: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaprune as mp
+from metaprune import statistics
 from metaprune.criteria import CRITERIA, Evidence, Weights
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.groups import Group
@@ -169,7 +170,7 @@ def test_every_criterion_prunes(name: str, allocator: str) -> None:
 def test_data_choose_the_default() -> None:
     graph = mp.trace(convolutional(), torch.randn(2, 3, 6, 6))
     with_data = mp.plan(graph, data=[torch.randn(8, 3, 6, 6)]).provenance
-    assert (with_data["criterion"], with_data["allocator"], with_data["samples"]) == ("fisher_block", "cost", 8)
+    assert (with_data["criterion"], with_data["allocator"], with_data["samples"]) == ("fisher_block", "measured", 8)
     without = mp.plan(graph).provenance
     assert (without["criterion"], without["allocator"], without["samples"]) == ("magnitude", "global", 0)
 
@@ -242,3 +243,44 @@ def test_labels_are_left_aside() -> None:
     plain = collect(graph, [x]).gates["0"].square
     for target in (torch.randn(8, 3), labels(8)):
         assert torch.equal(collect(graph, [(x, target)]).gates["0"].square, plain)
+
+
+@pytest.mark.parametrize("kind", ["image", "sequence", "tokens"])
+def test_gradients_of_many_samples_at_once_are_those_of_single_ones(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x: Tensor = torch.randn(11, 3, 8, 8)
+    if kind == "image":
+        model: nn.Module = nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, groups=8),
+            nn.Conv2d(8, 6, 1), nn.GroupNorm(2, 6), nn.SiLU(), nn.Flatten(), nn.Linear(6, 4),
+        )  # fmt: skip
+    elif kind == "sequence":
+        model, x = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten()), x[:, 0]
+    else:
+        model = nn.Sequential(nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 5))
+        x = torch.randint(0, 9, (11, 4))
+    model = model.double().eval()
+    x = x.double() if x.is_floating_point() else x
+    graph = mp.trace(model, x[:1])
+    together = statistics.collect(graph, [x], per_sample=True)
+    monkeypatch.setattr(statistics, "_CHUNK", 1)
+    apart = statistics.collect(graph, [x], per_sample=True)
+    assert together.samples == apart.samples == 11
+    for name, rows in apart.rows.items():
+        assert rows.shape[0] == 11
+        assert float(rows.abs().max()) > 0
+        assert torch.allclose(together.rows[name], rows, rtol=1e-6, atol=1e-7)
+        assert torch.allclose(together.gates[name].square, apart.gates[name].square, rtol=1e-9)
+
+
+def test_samples_of_different_lengths_are_looked_at_one_by_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5)).double().eval()
+    short, long = torch.randint(0, 9, (3, 4)), torch.randint(0, 9, (3, 7))
+    graph = mp.trace(model, short[:1], dynamic={0: (1,)})
+    both = collect(graph, [short, long], per_sample=True)
+    one = collect(graph, [short], per_sample=True)
+    assert both.samples == 6
+    for name, rows in one.rows.items():
+        assert torch.allclose(both.rows[name][:3], rows)
+        assert float(both.rows[name][3:].abs().max()) > 0
