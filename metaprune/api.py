@@ -119,8 +119,8 @@ def plan(
             fitted on some of the data, and the one nearest to the dense network on others is taken). By default
             `"measured"` when there are data and no criterion is named, else `"cost"` for `"fisher"` and
             `"fisher_block"`, else `"global"`.
-        data: Batches of inputs or of (inputs, labels) for criteria and allocators that look at data; with
-            others they are refused. At most 256 samples are scored by, and 500 measured with.
+        data: Batches of inputs or of (inputs, labels) for criteria and allocators that look at data; at most
+            256 samples are scored by, and 500 measured with. Where neither looks at them they are refused.
         round_to: Kept channel counts are multiples of this.
         protect: Globs of groups or tensors that stay whole.
         only: Globs of the groups or tensors that may shrink; empty for all.
@@ -195,7 +195,7 @@ def prune(
     if data is not None:
         data = repeatable(data)
     looked_at = criterion is None or allocator == MEASURED or criteria.find(criterion).data
-    planned_on = data if looked_at or not reconstruct else None  # data that nothing looks at are refused
+    planned_on = data if looked_at or not reconstruct else None
     graph = model if isinstance(model, Graph) else trace(model, inputs)
     protected = [protect] if isinstance(protect, str) else list(protect)
     blamed: list[str] = []

@@ -90,30 +90,16 @@ def batch_size(graph: Graph) -> int:
     return max((meta.shape[0] for meta in metas if meta.shape), default=1)
 
 
-def some_rows(
-    count: int,
-    width: int,
-    parts: int,
-    generator: torch.Generator,
-    device: torch.device,
-    rows: int = ROWS,
-    per_column: int = ROWS_PER_COLUMN,
-) -> Tensor | None:
-    """A random choice of rows from one part of the data, where there are more than second moments need.
+def share_of_rows(width: int, parts: int, rows: int = ROWS, rows_per_column: int = ROWS_PER_COLUMN) -> int:
+    """Rows that each of several parts of the data gives to second moments of so many columns.
 
-    Args:
-        count: Rows of the part.
-        width: Columns.
-        parts: Number of parts that share the rows needed.
-        generator: Draws the rows, on the CPU.
-        device: Where they are wanted.
-        rows: How many are needed over all parts.
-        per_column: Or so many for each column, if those are more.
-
-    Returns:
-        Their numbers in order; None for all rows.
+    All parts together give `rows`, or `rows_per_column` for each column where that is more.
     """
-    most = -(-max(rows, per_column * width) // parts)
+    return -(-max(rows, rows_per_column * width) // parts)
+
+
+def some_rows(count: int, most: int, generator: torch.Generator, device: torch.device) -> Tensor | None:
+    """Numbers, in order, of at most `most` rows out of `count`, drawn at random; None for all rows."""
     if count <= most:
         return None
     return torch.randperm(count, generator=generator)[:most].sort().values.to(device)

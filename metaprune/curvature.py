@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaprune.calibration import batch_size, batches_of, some_rows
+from metaprune.calibration import batch_size, batches_of, share_of_rows, some_rows
 from metaprune.graphs import operators
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.execute import execute
@@ -147,7 +147,7 @@ class _Sums:
                 del self._held[layer.input]
 
     def _add(self, layer: Linear, value: Tensor, positions: int) -> None:
-        rows = some_rows(positions, layer.width, self._chunks, self._generator, value.device)
+        rows = some_rows(positions, share_of_rows(layer.width, self._chunks), self._generator, value.device)
         columns = layer.columns(value, rows).double()
         columns = torch.cat([columns, columns.new_ones(*columns.shape[:2], 1)], dim=2)  # [groups, rows, width + 1]
         moment = columns.transpose(1, 2) @ columns

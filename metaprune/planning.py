@@ -176,6 +176,7 @@ def unit_scores(
 
 
 def default_criterion(criterion: str | None, data: Any) -> str:
+    """The criterion that is named, or the default: one that looks at data where there are any."""
     return criterion or ("magnitude" if data is None else "fisher_block")
 
 

@@ -27,6 +27,7 @@ from metaprune.losses import distillation
 from metaprune.planning import Scores, make_plan, score
 from metaprune.recovery import recalibrate
 from metaprune.schedules import seeded
+from metaprune.search.allocate import MEASURED
 from metaprune.search.budget import Budget
 from metaprune.task import Task
 from metaprune.training import Progress, Settings, train
@@ -83,7 +84,8 @@ def train_tolerant(
         budget: The smallest budget that is drawn; the largest is the whole network. See `metaprune.plan`.
         epochs: Passes over the training data.
         criterion: What fixes the order of importance, once and on the weights before training; see `metaprune.plan`.
-        allocator: How many units each group keeps at a budget; see `metaprune.plan`.
+        allocator: How many units each group keeps at a budget; see `metaprune.plan`. By default the one that goes with
+            the criterion; `"measured"` has no one order of importance and is refused.
         data: Batches for criteria that look at data; they are gone through once.
         distil: Weight, from 0 to 1, of distillation from the network as it was; the rest is the task's loss.
         straight_through: Whether masked units are trained too, with the gradient they would have if they were open.
@@ -100,6 +102,8 @@ def train_tolerant(
     """
     if not 0 <= distil <= 1:
         raise OptionError(f"distil: a weight from 0 to 1 is needed, not {distil}")
+    if allocator == MEASURED:
+        raise OptionError(f"allocator: {MEASURED!r} ranks the units anew at each budget; one order is needed")
     settings = dataclasses.replace(settings or Settings(), epochs=epochs)
     graph = trace(task.model, task.inputs)
     # The trace reads the task's own weights; an order that is fixed must not follow them when they change.

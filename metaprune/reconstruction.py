@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metaprune.calibration import ROWS, ROWS_PER_COLUMN, Leaves, batch_size, joined, leaves_of, some_rows
+from metaprune.calibration import ROWS, ROWS_PER_COLUMN, Leaves, batch_size, joined, leaves_of, share_of_rows, some_rows
 from metaprune.graphs import operators
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.ir import Graph
@@ -156,6 +156,7 @@ class Fit:
         norm = self._cut.function(response.norm, layer.node) if response.norm else None
         outputs = self.values[layer.weight].numel() // (layer.groups * layer.width)
         made = [Moments.zeros(layer.groups, layer.width, outputs, inputs[0].device) for _ in range(2)]
+        most = share_of_rows(layer.width, len(inputs), *self._needed)
         for number, (value, goal, other) in enumerate(zip(inputs, goals, others, strict=True)):
             wish = self._survivors.part(response.target, goal)
             wish = wish if other is None else wish - other
@@ -163,8 +164,7 @@ class Fit:
                 start = own(number, value)
                 start = start if norm is None else norm(number, start)
                 wish = response.wish(wish, start, self._cut, number)
-            positions = layer.positions(wish)
-            rows = some_rows(positions, layer.width, len(inputs), self._generator, wish.device, *self._needed)
+            rows = some_rows(layer.positions(wish), most, self._generator, wish.device)
             columns, wishes = layer.columns(value, rows).float(), layer.outputs(wish, rows).float()
             if columns.shape[1] != wishes.shape[1]:
                 return None

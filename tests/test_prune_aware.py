@@ -119,6 +119,7 @@ def test_masked_units_keep_their_weights_unless_open(small: mp.Task, monkeypatch
         ({"budget": "macs=2"}, "budget"),
         ({"criterion": "magic"}, "criterion"),
         ({"criterion": "fisher"}, "needs calibration data"),
+        ({"allocator": "measured"}, "one order is needed"),
     ],
 )
 def test_bad_options_are_named(small: mp.Task, options: dict[str, Any], said: str) -> None:
