@@ -119,7 +119,7 @@ class Trained:
 
 
 _CLOSED = WITHOUT_TRAINING[CLOSED_FORM]
-DISTILLED = "closed form, kd_features"
+TUNED = "closed form, fine-tuned"
 WITH_TRAINING: dict[str, Trained] = {
     "from scratch, equal FLOPs": Trained(_CLOSED, fresh=True),
     "from scratch, equal epochs": Trained(_CLOSED, fresh=True, epochs=fashion.EPOCHS),
@@ -131,12 +131,12 @@ WITH_TRAINING: dict[str, Trained] = {
     "Torch-Pruning, global, fine-tuned": Trained(WITHOUT_TRAINING["Torch-Pruning, global"]),
     "Torch-Pruning, sparse learning, local, fine-tuned": Trained(group_norm_sparse(global_=False), before=HALF),
     "Torch-Pruning, sparse learning, global, fine-tuned": Trained(group_norm_sparse(global_=True), before=HALF),
-    "closed form, fine-tuned": Trained(_CLOSED),
+    TUNED: Trained(_CLOSED),
     "closed form, kd_standardised": Trained(_CLOSED, "kd_standardised"),
-    DISTILLED: Trained(_CLOSED, "kd_features"),
+    "closed form, kd_features": Trained(_CLOSED, "kd_features"),
 }
 TABLES: dict[str, dict[str, Arm | Trained]] = {"none": {**WITHOUT_TRAINING}, "equal FLOPs": {**WITH_TRAINING}}
-DEFAULTS = {"none": CLOSED_FORM, "equal FLOPs": DISTILLED}
+DEFAULTS = {"none": CLOSED_FORM, "equal FLOPs": TUNED}
 """The arm of each table that a user gets who asks for nothing; all others are compared with it."""
 
 

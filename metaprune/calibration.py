@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from metaprune.data import Loader
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.execute import input_leaves
 from metaprune.graphs.ir import Graph, Meta
@@ -38,16 +39,49 @@ def samples_of(graph: Graph, data: Any, seed: int = 0) -> Iterator[Any]:
         return
     if isinstance(data, (Tensor, str)) or not isinstance(data, Iterable):
         raise OptionError(f"data: batches are needed (a loader or a list) or 'noise', not {type(data).__name__}")
+    for batch in data:
+        inputs, size = inputs_of(graph, batch)
+        for i in range(size):
+            yield _sample(inputs, i, size)
+
+
+def inputs_of(graph: Graph, batch: Any) -> tuple[Any, int]:
+    """The inputs of a batch, which may be a pair of inputs and labels, and the number of its samples.
+
+    A pair is (inputs, labels) for a network of one argument, and where its first half is no tensor itself.
+
+    Raises:
+        OptionError: The batch holds no tensor.
+    """
     positional, named = graph.signature.spec
     arguments = len(positional) + len(named)
-    for batch in data:
-        labelled = isinstance(batch, (tuple, list)) and len(batch) == 2
-        inputs = batch[0] if labelled and (arguments == 1 or not isinstance(batch[0], Tensor)) else batch
-        leaves = tensors_in(inputs)
-        if not leaves:
-            raise OptionError("data: a batch holds no tensor")
-        for i in range(len(leaves[0])):
-            yield _sample(inputs, i, len(leaves[0]))
+    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    inputs = batch[0] if pair and (arguments == 1 or not isinstance(batch[0], Tensor)) else batch
+    leaves = tensors_in(inputs)
+    if not leaves:
+        raise OptionError("data: a batch holds no tensor")
+    return inputs, len(leaves[0])
+
+
+class Unlabelled:
+    """A loader of inputs, or of (inputs, labels), as one of (inputs, zeros): no label is passed on.
+
+    Attributes:
+        generator: The loader's own source of randomness, if it has one.
+    """
+
+    def __init__(self, graph: Graph, loader: Loader) -> None:
+        self.generator = getattr(loader, "generator", None)
+        self._graph = graph
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        for batch in self._loader:
+            inputs, size = inputs_of(self._graph, batch)
+            yield inputs, torch.zeros(size)
 
 
 def repeatable(data: Any) -> Any:

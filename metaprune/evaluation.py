@@ -111,18 +111,22 @@ def predict(model: nn.Module, inputs: Inputs) -> Tensor:
     Inputs are moved to the model's device. A mapping with an entry `logits`, as Hugging Face models return, is
     accepted as output.
     """
-    inputs = _moved(inputs, device_of(model))
-    if isinstance(inputs, dict):
-        outputs = model(**inputs)
-    elif isinstance(inputs, tuple | list):  # a DataLoader collates tuples into lists
-        outputs = model(*inputs)
-    else:
-        outputs = model(inputs)
+    outputs = called(model, inputs)
     if isinstance(outputs, Mapping):
         outputs = outputs.get("logits")
     if not isinstance(outputs, Tensor):
         raise MetapruneError(f"{type(model).__name__} returns no tensor of logits but {type(outputs).__name__}")
     return outputs
+
+
+def called(model: nn.Module, inputs: Inputs) -> Any:
+    """Whatever a model returns for a tensor, a tuple of arguments or a dict of them, moved to the model's device."""
+    inputs = _moved(inputs, device_of(model))
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):  # a DataLoader collates tuples into lists
+        return model(*inputs)
+    return model(inputs)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -174,7 +178,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple | list):
         moved = [_moved(item, device) for item in value]
         return moved if isinstance(value, list) else tuple(moved)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _moved(item, device) for key, item in value.items()}
     return value
 

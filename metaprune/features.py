@@ -7,18 +7,46 @@ network's value at the same node.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from metaprune.evaluation import device_of
 from metaprune.graphs.ir import Graph, Node
 from metaprune.graphs.linear import linear_layers
-from metaprune.graphs.portable import PortableModule, watch_with
+from metaprune.graphs.portable import PortableModule, sharing, watch_with
 from metaprune.graphs.responses import responses
 from metaprune.graphs.structure import refs
 from metaprune.graphs.survivors import Survivors
+from metaprune.losses import feature_matching
+
+if TYPE_CHECKING:
+    from metaprune.api import Pruned
 
 _MOST = 4
+
+
+class Features:
+    """A pruned network and the one it was cut from, side by side.
+
+    Attributes:
+        student: The pruned network on its own tensors: to train it trains the pruned module.
+        dense: The network that was cut, in eval mode.
+        names: The nodes that are compared; see `matched_nodes`.
+    """
+
+    def __init__(self, pruned: Pruned) -> None:
+        self._survivors = Survivors(pruned.original, pruned.plan.keep)
+        self.names = matched_nodes(pruned.graph, self._survivors)
+        self.student = sharing(pruned.graph, pruned.module)
+        self.dense = PortableModule(pruned.original).to(device_of(pruned.module)).eval()
+        self._own, self._wanted = observe(self.student, self.names), observe(self.dense, self.names)
+
+    def distance(self) -> Tensor:
+        """Mean of `feature_matching` over the nodes, after both ran on the same inputs; 0 without nodes."""
+        pairs = [(self._own[name], self._survivors.part(name, self._wanted[name])) for name in self.names]
+        return torch.stack([feature_matching(*pair) for pair in pairs]).mean() if pairs else torch.zeros(())
 
 
 def matched_nodes(cut: Graph, survivors: Survivors) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """A task: a network, the data it works on, and how its work is judged."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -40,8 +40,8 @@ class Task:
             raise OptionError(f"model: an nn.Module is needed, not {type(self.model).__name__}")
         if not isinstance(self.inputs, Tensor | tuple | dict):
             raise OptionError(f"inputs: a tensor, tuple or dict is needed, not {type(self.inputs).__name__}")
-        _check_loader("train", self.train)
-        _check_loader("val", self.val)
+        check_loader("train", self.train)
+        check_loader("val", self.val)
         _check_function("loss", named(self.loss, LOSSES, "loss"))
         _check_function("metric", named(self.metric, METRICS, "metric"))
 
@@ -55,7 +55,14 @@ class Task:
         return evaluate(self.model if model is None else model, self.val, self.metric)
 
 
-def _check_loader(option: str, loader: object) -> None:
+def check_loader(option: str, loader: object) -> None:
+    """Checks that batches can be gone through again and again, and are counted.
+
+    Raises:
+        OptionError: They can not, or there are none; the message names the option.
+    """
+    if isinstance(loader, Tensor | str | Mapping):
+        raise OptionError(f"{option}: batches are needed (a loader or a list), not a {type(loader).__name__}")
     if isinstance(loader, Iterator):
         raise OptionError(f"{option}: an iterator is empty after one pass; give a list or a loader")
     if not (hasattr(loader, "__iter__") and hasattr(loader, "__len__")):

@@ -1,4 +1,4 @@
-"""The one training loop: SGD with a cosine schedule, seeded, resumable to the bit.
+"""The one training loop: SGD or AdamW with a cosine schedule, seeded, resumable to the bit.
 
 Everything that is trained goes through `train`; what differs is the objective, a function of the logits and the batch.
 On hardware with bfloat16 the forward pass runs in it; the weights stay float32.
@@ -26,7 +26,8 @@ Objective: TypeAlias = Callable[[Tensor, Inputs, Tensor], Tensor]
 Progress: TypeAlias = Callable[[int, int], None]
 """Called after each step with the number of steps done and the number of steps in all."""
 
-_VERSION = 1
+_VERSION = 2
+_SECOND_DECAY = 0.999  # of AdamW's mean squared gradient, the value of its paper
 
 
 class TrainingError(MetapruneError):
@@ -40,7 +41,7 @@ class Settings:
     Attributes:
         epochs: Passes over the training batches.
         lr: Peak learning rate.
-        momentum: Of SGD, Nesterov's form.
+        momentum: Of SGD, Nesterov's form; of AdamW the decay of the mean gradient, its beta 1.
         weight_decay: On matrices and kernels; never on biases and normalisation parameters.
         warmup: Share of the steps over which the learning rate rises linearly; it then falls to 0 as a cosine.
         precision: Of the forward pass; "auto" is bfloat16 for float32 models on hardware that computes in it.
@@ -48,6 +49,8 @@ class Settings:
         ema: Decay of an exponential moving average of the weights, which the model holds at the end; 0 for none. After
             step t = 0, 1, ... the average moves by `1 - min(ema, (1 + t) / (10 + t))` of the way to the weights, so
             that the first steps do not linger in it.
+        optimizer: "sgd", or "adamw" (Loshchilov and Hutter 2019, arXiv 1711.05101), whose steps do not follow the
+            scale of the loss: it wants a much smaller `lr`, such as 1e-3.
     """
 
     epochs: int = 10
@@ -58,6 +61,7 @@ class Settings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     channels_last: bool = False
     ema: float = 0.0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
@@ -72,6 +76,8 @@ class Settings:
             raise OptionError(f"precision: {self.precision!r} is unknown, choose from auto, bfloat16, float32")
         if not 0 <= self.ema < 1:
             raise OptionError(f"ema: a decay from 0 to below 1, not {self.ema}")
+        if self.optimizer not in ("sgd", "adamw"):
+            raise OptionError(f"optimizer: {self.optimizer!r} is unknown, choose from adamw, sgd")
 
     def rate(self, progress: float) -> float:
         """Learning rate after a share `progress` of all steps.
@@ -183,7 +189,7 @@ class _Run:
     """What one call of `train` works with."""
 
     model: nn.Module
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     loader: Loader
     objective: Objective
     settings: Settings
@@ -248,13 +254,13 @@ class _Run:
         return next((name for name, tensor in _tensors(self.model).items() if not tensor.isfinite().all()), "")
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of all that a later epoch depends on: weights, buffers, averages, momenta, random states."""
+        """Copies of all that a later epoch depends on: weights, buffers, averages, optimiser and random states."""
         found = {f"model.{name}": tensor for name, tensor in _tensors(self.model).items()}
         found |= {f"average.{name}": value for name, value in self.average.values.items()}
         for name, parameter in self.model.named_parameters():
-            momentum = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if momentum is not None:
-                found[f"momentum.{name}"] = momentum
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    found[f"optimizer.{key}.{name}"] = value
         found["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             found["random.device"] = torch.cuda.get_rng_state(self.device)
@@ -271,10 +277,12 @@ class _Run:
         for name, value in self.average.values.items():
             value.copy_(state[f"average.{name}"])
         self.optimizer.state.clear()
-        for name, parameter in self.model.named_parameters():
-            if f"momentum.{name}" in state:
-                momentum = torch.empty_like(parameter).copy_(state[f"momentum.{name}"])
-                self.optimizer.state[parameter]["momentum_buffer"] = momentum
+        parameters = dict(self.model.named_parameters())
+        for entry in (name for name in state if name.startswith("optimizer.")):
+            _, key, name = entry.split(".", 2)
+            counts = key == "step"  # kept where the optimiser has it, on the CPU; all else lies as its parameter does
+            value = state[entry].clone() if counts else torch.empty_like(parameters[name]).copy_(state[entry])
+            self.optimizer.state[parameters[name]][key] = value
         torch.set_rng_state(state["random.cpu"].cpu())
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random.device"].cpu(), self.device)
@@ -307,13 +315,15 @@ class _Run:
         return {"version": _VERSION, "settings": settings, "seed": self.seed, "steps": len(self.loader)}
 
 
-def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
+def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise OptionError("model: no parameter requires a gradient")
     decayed = [p for p in parameters if p.ndim > 1]
     others = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.momentum, _SECOND_DECAY))
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
 
 

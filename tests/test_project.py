@@ -43,6 +43,7 @@ LAYERS = (
         "metaprune.brain_surgeon",
         "metaprune.compensation",
         "metaprune.features",
+        "metaprune.imitation",
     ),
     ("metaprune.search", "metaprune.search.*"),
     ("metaprune", "metaprune.*"),

@@ -183,7 +183,9 @@ def test_a_recovered_network_is_what_is_saved(task: mp.Task, pruned: mp.Pruned, 
 
 @pytest.mark.parametrize("recipe", ["", "magic", "kd+", "kd+magic"])
 def test_an_unknown_rung_is_named(task: mp.Task, pruned: mp.Pruned, recipe: str) -> None:
-    with pytest.raises(mp.MetapruneError, match=r"recipe: '(magic)?' is unknown, choose from absorb, finetune, kd"):
+    with pytest.raises(
+        mp.MetapruneError, match=r"recipe: '(magic)?' is unknown, choose from absorb, finetune, imitate, kd"
+    ):
         mp.recover(pruned, task, recipe=recipe)
 
 

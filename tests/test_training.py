@@ -85,6 +85,28 @@ def test_one_step_is_nesterov_sgd_with_decay_on_matrices_only() -> None:
         torch.testing.assert_close(model.get_parameter(name), old.detach() - 0.5 * 1.9 * gradient)
 
 
+def test_adamw_is_its_paper_written_out_with_decay_on_matrices_only() -> None:
+    images, labels = torch.randn(8, 4), torch.randint(3, (8,))
+    model = nn.Linear(4, 3)
+    settings = Settings(
+        epochs=3, lr=0.02, momentum=0.8, weight_decay=0.1, warmup=0, precision="float32", optimizer="adamw"
+    )
+    weights = [p.detach().double().requires_grad_() for p in (model.weight, model.bias)]
+    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    train(model, [(images, labels)], classify, settings)
+    for t in range(1, 4):  # algorithm 2 of arXiv 1711.05101, whose schedule multiplier is the rate over lr
+        rate = settings.rate((t - 1) / 3)
+        loss = F.cross_entropy(images.double() @ weights[0].T + weights[1], labels)
+        for i, gradient in enumerate(torch.autograd.grad(loss, weights)):
+            first[i] = 0.8 * first[i] + 0.2 * gradient
+            second[i] = 0.999 * second[i] + 0.001 * gradient**2
+            step = first[i] / (1 - 0.8**t) / ((second[i] / (1 - 0.999**t)).sqrt() + 1e-8)
+            decay = 0.1 if i == 0 else 0.0
+            weights[i] = (weights[i] - rate * (step + decay * weights[i])).detach().requires_grad_()
+    torch.testing.assert_close(model.weight.double(), weights[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.bias.double(), weights[1], rtol=1e-4, atol=1e-5)
+
+
 def test_equal_seeds_give_equal_bits_and_leave_the_random_state_alone() -> None:
     batches, results = some(256), []
     for seed in (5, 5, 6):
@@ -214,11 +236,12 @@ from test_training import bits, classify, network, some
 from metaprune.training import Settings, train
 from safetensors.torch import save_file
 kill_at = int(sys.argv[4])
+settings = Settings(epochs=4, lr=0.01, optimizer=sys.argv[5])
 def progress(done, total):
     if done == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
 model = network()
-losses = train(model, some(256), classify, Settings(epochs=4), seed=2, checkpoint=sys.argv[2], progress=progress)
+losses = train(model, some(256), classify, settings, seed=2, checkpoint=sys.argv[2], progress=progress)
 save_file(bits(model), sys.argv[3], {"losses": repr(losses)})
 """
 
@@ -236,9 +259,11 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     assert_same_bits(before, bits(model))
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, optimizer: str) -> None:
     def run(checkpoint: str, result: str, kill_at: int) -> int:
-        command = [sys.executable, "-c", RESUME, str(Path(__file__).parent), checkpoint, result, str(kill_at)]
+        arguments = [str(Path(__file__).parent), checkpoint, result, str(kill_at), optimizer]
+        command = [sys.executable, "-c", RESUME, *arguments]
         return subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
 
     assert run("one.safetensors", "undisturbed", -1) == 0
@@ -271,8 +296,9 @@ def test_a_foreign_or_damaged_checkpoint_is_refused_and_changes_nothing(tmp_path
     other = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())
     with pytest.raises(OptionError, match="another model, data, settings or seed"):
         train(other, some(64), classify, Settings(epochs=1), checkpoint=checkpoint)
-    with pytest.raises(OptionError, match="another model, data, settings or seed"):
-        train(model, some(64), classify, Settings(epochs=2), checkpoint=checkpoint)
+    for settings in (Settings(epochs=2), Settings(epochs=1, optimizer="adamw")):
+        with pytest.raises(OptionError, match="another model, data, settings or seed"):
+            train(model, some(64), classify, settings, checkpoint=checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes()[:-10])
     with pytest.raises(LoadError, match="can not be read"):
         train(model, some(64), classify, Settings(epochs=1), checkpoint=checkpoint)
@@ -313,6 +339,7 @@ def test_tied_weights_survive_a_checkpoint(tmp_path: Path) -> None:
         ({"precision": "float8"}, "precision"),
         ({"ema": 1.0}, "ema"),
         ({"ema": -0.1}, "ema"),
+        ({"optimizer": "lion"}, "optimizer: 'lion' is unknown, choose from adamw, sgd"),
     ],
 )
 def test_settings_name_the_option_at_fault(settings: dict[str, float], option: str) -> None:
