@@ -24,10 +24,10 @@ TITLES = {
 NAMES = {"metaprune": "metaprune", "torch_pruning": "Torch-Pruning"}
 
 
-def provenance(command: str) -> dict[str, Any]:
-    """What a reader needs to repeat a measurement."""
+def provenance(command: str, packages: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a reader needs to repeat a measurement; `packages` are those it needs besides the usual ones."""
     versions = {}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *packages):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
