@@ -146,9 +146,14 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
+def floats_in(value: Any) -> list[Tensor]:
+    """All floating-point tensors of a nested value, in order."""
+    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
+
+
 def outputs_in(output: Any) -> list[Tensor]:
     """The floating-point tensors of a network's output; raises `OptionError` when there are none."""
-    found = [t for t in tensors_in(output) if t.is_floating_point()]
+    found = floats_in(output)
     if not found:
         raise OptionError("data: the network gives no floating-point output")
     return found

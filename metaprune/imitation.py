@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from metaprune.calibration import Unlabelled, tensors_in
+from metaprune.calibration import Unlabelled, floats_in
 from metaprune.data import Inputs, Loader
 from metaprune.evaluation import called, device_of
 from metaprune.features import Features
@@ -61,7 +61,7 @@ def imitate(
         with torch.no_grad():
             wanted = called(features.dense, inputs)
             wanted = wanted if other is None else called(other, inputs)
-        return _apart(student.answers, _floats(wanted)) + features.distance().to(answer.device)
+        return _apart(student.answers, floats_in(wanted)) + features.distance().to(answer.device)
 
     train(student, Unlabelled(pruned.original, loader), objective, settings, seed, progress=progress)
     note = f"outputs and features of {len(features.names)} nodes imitated, without labels"
@@ -78,7 +78,7 @@ class _Answering(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Calls the network."""
-        self.answers = _floats(self.network(*args, **kwargs))
+        self.answers = floats_in(self.network(*args, **kwargs))
         if not self.answers:
             raise OptionError("imitate: the network gives no floating-point output to follow")
         return self.answers[0]
@@ -86,10 +86,6 @@ class _Answering(nn.Module):
     def train(self, mode: bool = True) -> _Answering:
         """Eval mode, whatever is asked for."""
         return super().train(False)
-
-
-def _floats(output: Any) -> list[Tensor]:
-    return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
 
 
 def _apart(answers: list[Tensor], wanted: list[Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ from metaprune.search.problem import Kept, Problem
 Keep: TypeAlias = Mapping[str, tuple[int, ...]]
 Scores: TypeAlias = Sequence[NDArray[np.float64]]
 _WAY = {"1/3": 1 / 3, "2/3": 2 / 3, "all": 1.0}  # from uniform to the other allocation
-_FITTED, _JUDGED = 0.2, 0.4  # shares of the samples: the first to fit on, the last to judge by
+_SHARE = 0.4  # of the samples: so many, the first, are fitted on, and so many, the last, judge
 _CHUNK = 50
 _ROWS, _ROWS_PER_COLUMN, _STRENGTHS = 4096, 4, (1e-2,)  # coarser than a fit that is to be kept
 
@@ -105,8 +105,8 @@ def distortions(graph: Graph, plans: Sequence[Keep], data: Any, samples: int = S
     Args:
         graph: The network.
         plans: Kept units by group, of each plan.
-        data: Calibration data; labels are not looked at. The first fifth of the samples is fitted on, and the last two
-            fifths are what the outputs are compared on.
+        data: Calibration data; labels are not looked at. The first two fifths of the samples are fitted on, and
+            on the last two fifths the outputs are compared.
         samples: At most this many.
         seed: Of the fit, and of noise.
 
@@ -121,8 +121,8 @@ def distortions(graph: Graph, plans: Sequence[Keep], data: Any, samples: int = S
     leaves = leaves_of(graph, data, samples, seed)
     if len(leaves) < 2:
         raise OptionError("data: two samples are needed at least, one to fit on and one to judge by")
-    fitted = leaves[: max(1, round(_FITTED * len(leaves)))]
-    judged = joined(graph, leaves[-max(1, round(_JUDGED * len(leaves))) :], batch_size(graph) or _CHUNK)
+    fitted = leaves[: max(1, round(_SHARE * len(leaves)))]
+    judged = joined(graph, leaves[-max(1, round(_SHARE * len(leaves))) :], batch_size(graph) or _CHUNK)
     with torch.no_grad():
         wanted = [outputs_in(execute(graph, graph.values, batch)) for batch in judged]
         return [_measured(graph, keep, fitted, judged, wanted, seed) for keep in plans]
