@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaprune.graphs.errors import OptionError
-from metaprune.search.problem import Kept, Problem, check_feasible, filled, least_kept
+from metaprune.search.problem import Kept, Problem, check_feasible, least_kept, within_budget
 
 P, Q = 0.5, 1.0  # the exponents of the paper's experiments
 ETA = 1e-3  # share of the p-th powers that may lie outside the units that are needed; positive, so every group gives
-_HALVINGS = 60
 
 
 def pq_index(scores: NDArray[np.floating[Any]], p: float = P, q: float = Q) -> float:
@@ -86,13 +85,4 @@ def sap(problem: Problem) -> Kept:
         counts: NDArray[np.float64] = sizes - np.minimum(gamma * demand, most)
         return counts
 
-    low, high = 0.0, float((most / demand).max())  # nothing goes; every group is at its floor
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        if problem.excess(problem.rounded(kept(middle))) <= 1:
-            high = middle
-        else:
-            low = middle
-    exact = kept(high)
-    whole = problem.rounded(exact)
-    return filled(problem, whole, order=np.argsort(-(exact - whole), kind="stable"))
+    return within_budget(problem, kept, within=float((most / demand).max()), beyond=0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,14 +116,25 @@ def proportional(problem: Problem, weights: Counts) -> Kept:
         counts: Counts = np.minimum(scale * weights, 1.0) * sizes
         return counts
 
-    low, high = 0.0, float(1 / weights.min())  # within the budget; everything stays
+    return within_budget(problem, kept, 0.0, float(1 / weights.min()))
+
+
+def within_budget(problem: Problem, kept: Callable[[float], Counts], within: float, beyond: float) -> Kept:
+    """Follows a path of allocations as far as the budget goes, and then fills up to it.
+
+    Args:
+        problem: The problem.
+        kept: Kept counts, shape [free], real numbers, as a function of one number.
+        within: Where they are within the budget.
+        beyond: Where they are not, or as far as the path goes.
+    """
     for _ in range(_HALVINGS):
-        middle = (low + high) / 2
+        middle = (within + beyond) / 2
         if problem.excess(problem.rounded(kept(middle))) <= 1:
-            low = middle
+            within = middle
         else:
-            high = middle
-    exact = kept(low)
+            beyond = middle
+    exact = kept(within)
     whole = problem.rounded(exact)
     return filled(problem, whole, order=np.argsort(-(exact - whole), kind="stable"))
 
