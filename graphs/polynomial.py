@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -105,3 +105,47 @@ class Polynomial:
         for factors, coefficients in self._terms:
             total += sizes[:, factors].prod(axis=2) @ coefficients
         return total
+
+
+Monomials = dict[tuple[int, ...], float]
+"""Coefficient of each monomial: an ascending tuple of variables, one that is squared stands twice."""
+
+
+def expanded(terms: Iterable[Term], sizes: Counts, place: Mapping[int, int]) -> Monomials:
+    """A sum of products of sizes, multiplied out.
+
+    Args:
+        terms: The sum.
+        sizes: Kept count of every group, shape [groups], for those that are no variables.
+        place: Number of each variable by its group.
+    """
+    total: Monomials = {}
+    for term in terms:
+        product: Monomials = {(): 1.0}
+        for size in term:
+            product = _multiplied(product, _monomials(size, sizes, place))
+        for key, coefficient in product.items():
+            total[key] = total.get(key, 0.0) + coefficient
+    return {key: coefficient for key, coefficient in total.items() if coefficient}
+
+
+def _monomials(size: Size, sizes: Counts, place: Mapping[int, int]) -> Monomials:
+    parts = [
+        (size.constant, ()),
+        *((w, (g,)) for g, w in zip(size.groups.tolist(), size.weights.tolist(), strict=True)),
+    ]
+    found: Monomials = {}
+    for coefficient, groups in [*parts, *size.products]:
+        key = tuple(sorted(place[g] for g in groups if g in place))
+        fixed = prod(float(sizes[g]) for g in groups if g not in place)
+        found[key] = found.get(key, 0.0) + coefficient * fixed
+    return found
+
+
+def _multiplied(left: Monomials, right: Monomials) -> Monomials:
+    found: Monomials = {}
+    for a, x in left.items():
+        for b, y in right.items():
+            key = tuple(sorted(a + b))
+            found[key] = found.get(key, 0.0) + x * y
+    return found
