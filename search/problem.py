@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from metaprune.search.budget import Budget
 
 Counts = NDArray[np.float64]
 Kept = NDArray[np.int64]
+P = ParamSpec("P")
 FLOOR = 0.1  # share of its units that a group keeps where the budget allows it
 _HALVINGS = 60
 _TRIALS = 64  # groups tried one by one once no more of them fit together
@@ -66,6 +68,25 @@ class Problem:
         return legal
 
 
+def allocator(method: Callable[Concatenate[Problem, P], Kept]) -> Callable[Concatenate[Problem, P], Kept]:
+    """An allocator of a function that is asked only where the budget leaves something to decide.
+
+    A width settles the counts by itself, and where everything fits, everything stays; what no plan can meet is refused
+    (see `check_feasible`).
+    """
+
+    @wraps(method)
+    def allocate(problem: Problem, *args: P.args, **kwargs: P.kwargs) -> Kept:
+        if problem.budget.width is not None:
+            return problem.at_width(problem.budget.width)
+        check_feasible(problem)
+        if problem.excess(problem.sizes) <= 1:
+            return problem.sizes
+        return method(problem, *args, **kwargs)
+
+    return allocate
+
+
 def check_feasible(problem: Problem) -> None:
     """Raises `BudgetInfeasible` with what can be attained when even the least legal plan is over budget."""
     least = problem.excess(problem.minimum)
@@ -98,6 +119,7 @@ def least_kept(problem: Problem) -> Kept:
     return problem.minimum.copy()
 
 
+@allocator
 def proportional(problem: Problem, weights: Counts) -> Kept:
     """The largest allocation within the budget whose kept fractions are in proportion to weights, and at most 1.
 
@@ -105,15 +127,9 @@ def proportional(problem: Problem, weights: Counts) -> Kept:
         problem: The problem.
         weights: Shape [free], positive.
     """
-    if problem.budget.width is not None:
-        return problem.at_width(problem.budget.width)
-    check_feasible(problem)
-    sizes = problem.sizes
-    if problem.excess(sizes) <= 1:
-        return sizes
 
     def kept(scale: float) -> Counts:
-        counts: Counts = np.minimum(scale * weights, 1.0) * sizes
+        counts: Counts = np.minimum(scale * weights, 1.0) * problem.sizes
         return counts
 
     return within_budget(problem, kept, 0.0, float(1 / weights.min()))
