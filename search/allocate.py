@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaprune.graphs.errors import OptionError
+from metaprune.search.baselines import erk, lamp, precrop, random
 from metaprune.search.cost_aware import cost_aware
 from metaprune.search.pqi import sap
 from metaprune.search.problem import FLOOR, Problem, allocator, filled, proportional
@@ -60,6 +61,10 @@ ALLOCATORS: dict[str, Callable[[Problem], NDArray[np.int64]]] = {
     "global": global_,
     "cost": cost_aware,
     "sap": sap,
+    "erk": erk,
+    "lamp": lamp,
+    "precrop": precrop,
+    "random": random,
 }
 
 

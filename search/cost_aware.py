@@ -9,6 +9,7 @@ from metaprune.search.problem import Counts, Kept, Problem, allocator, filled, l
 
 _LEVELS = 64  # steps into which the largest groups are divided
 _SWAPS = 200
+_NEAR = 0.98  # of the budget: as much is promised where another step fits
 
 
 @allocator
@@ -23,7 +24,9 @@ def cost_aware(problem: Problem) -> Kept:
     lost = _lost(problem)
     kept = _removed(problem, least, lost)
     kept = filled(problem, kept, order=np.argsort(-_last(lost, kept), kind="stable"))
-    return _swapped(problem, kept, least, lost)
+    kept = _swapped(problem, kept, least, lost)
+    short = problem.excess(kept) < _NEAR  # as steps are coarse, swaps can save more than they spend
+    return filled(problem, kept, order=np.argsort(-_last(lost, kept), kind="stable")) if short else kept
 
 
 def _lost(problem: Problem) -> list[Counts]:

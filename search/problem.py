@@ -33,6 +33,7 @@ class Problem:
         budget: The budget.
         step: For each free group, the step its kept count moves in.
         minimum: For each free group, the least kept count.
+        seed: Of allocators that draw.
     """
 
     costs: Costs
@@ -41,13 +42,14 @@ class Problem:
     budget: Budget
     step: NDArray[np.int64]
     minimum: NDArray[np.int64]
+    seed: int = 0
 
     @property
     def sizes(self) -> NDArray[np.int64]:
         """Full size of each free group."""
         return self.costs.sizes[list(self.free)].astype(np.int64)
 
-    def full(self, kept: NDArray[np.int64]) -> Counts:
+    def full(self, kept: NDArray[np.int64] | Counts) -> Counts:
         """Kept counts of all groups, shape [plans, groups], from those of the free ones, shape [plans, free]."""
         counts = np.tile(self.costs.sizes, (len(kept), 1))
         counts[:, list(self.free)] = kept
@@ -76,7 +78,7 @@ def allocator(method: Callable[Concatenate[Problem, P], Kept]) -> Callable[Conca
     """
 
     @wraps(method)
-    def allocate(problem: Problem, *args: P.args, **kwargs: P.kwargs) -> Kept:
+    def allocate(problem: Problem, /, *args: P.args, **kwargs: P.kwargs) -> Kept:
         if problem.budget.width is not None:
             return problem.at_width(problem.budget.width)
         check_feasible(problem)
