@@ -114,7 +114,8 @@ def plan(
         criterion: How units are scored; see `metaprune.criteria.CRITERIA`. By default `"fisher_block"` when there are
             data, else `"magnitude"`.
         allocator: How many units each group keeps: `"uniform"`, `"global"`, `"sap"` (more is taken from groups whose
-            scores are uneven), `"cost"` (importance removed per cost removed, for scores that add up) or
+            scores are uneven), `"cost"` (importance removed per cost removed, for scores that add up), `"erk"`,
+            `"lamp"` and `"precrop"` (after densities of layers, see `metaprune.search.baselines`), `"random"` or
             `"measured"` (several of these, with units ranked by the criterion and by their norms; each is cut and
             fitted on some of the data, and the one nearest to the dense network on others is taken). By default
             `"measured"` when there are data and no criterion is named, else `"cost"` for `"fisher"` and

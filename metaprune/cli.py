@@ -24,7 +24,9 @@ import metaprune as mp
 from metaprune import demo as demonstration
 from metaprune import targets
 from metaprune.graphs.ir import Graph
+from metaprune.search.allocate import ALLOCATORS
 
+_ALLOCATORS = ", ".join(ALLOCATORS)
 app = typer.Typer(
     name="metaprune",
     help="Structured pruning of neural networks: exact, certified and without per-architecture code.",
@@ -82,7 +84,7 @@ def prune(
     budget: Annotated[str, typer.Option(help="What is kept: macs=0.5, params=0.3, width=0.5, ...")],
     out: Annotated[Path, typer.Option(help="Folder for the pruned network.", file_okay=False)],
     criterion: Annotated[str, typer.Option(help="How units are ranked.")] = "magnitude",
-    allocator: Annotated[str, typer.Option(help="How the budget is shared among groups.")] = "global",
+    allocator: Annotated[str, typer.Option(help=f"How the budget is shared among groups: {_ALLOCATORS}.")] = "global",
     protect: Protect = None,
     only: Only = None,
     kinds: Kinds = None,

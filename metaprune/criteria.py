@@ -129,8 +129,16 @@ def magnitude_plain(group: Group, evidence: Evidence) -> Tensor:
 
 
 def lamp(group: Group, evidence: Evidence) -> Tensor:
-    """Squared norm over the sum of all squared norms that are not smaller: LAMP, Lee et al. (ICLR 2021), eq. 2."""
-    energy = _norm(group, evidence, 2).square()
+    """LAMP scores of whole units, by their squared norms (see `lamp_scores`)."""
+    return lamp_scores(_norm(group, evidence, 2).square())
+
+
+def lamp_scores(energy: Tensor) -> Tensor:
+    """Squared norm over the sum of all squared norms that are not smaller: LAMP, Lee et al. (ICLR 2021), eq. 2.
+
+    Args:
+        energy: Squared norms of the units, or squared weights of a layer, shape [size].
+    """
     order = torch.argsort(energy, stable=True)
     rest = energy[order].flip(0).cumsum(0).flip(0)
     score = torch.empty_like(energy)

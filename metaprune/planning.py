@@ -96,7 +96,8 @@ def make_plan(
     step = [round_to if groups[i].kind in _COUNTED_IN_STEPS and groups[i].size >= round_to else 1 for i in free]
     least = [min(max(groups[i].minimum, s if s > 1 else 1), groups[i].size) for i, s in zip(free, step, strict=True)]
     costs = graph.coupling.costs
-    problem = Problem(costs, free, scores, goal, np.array(step, dtype=np.int64), np.array(least, dtype=np.int64))
+    steps, minimum = np.array(step, dtype=np.int64), np.array(least, dtype=np.int64)
+    problem = Problem(costs, free, scores, goal, steps, minimum, seed)
     if not free:
         check_feasible(problem)
     chosen = Choice("", scores, np.empty(0, dtype=np.int64))

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaprune.graphs.errors import OptionError
+from metaprune.search.baselines import erk, lamp, precrop, random
 from metaprune.search.cost_aware import cost_aware
 from metaprune.search.pqi import sap
-from metaprune.search.problem import FLOOR, Problem, check_feasible, filled, proportional
+from metaprune.search.problem import FLOOR, Problem, allocator, filled, proportional
 
 
 def uniform(problem: Problem) -> NDArray[np.int64]:
@@ -18,11 +19,14 @@ def uniform(problem: Problem) -> NDArray[np.int64]:
     return proportional(problem, np.ones(len(problem.free)))
 
 
+@allocator
 def global_(problem: Problem) -> NDArray[np.int64]:
-    """Units leave in the order of their scores over all groups, down to a floor in each, until the budget is met."""
-    if problem.budget.width is not None:
-        return uniform(problem)
-    check_feasible(problem)
+    """Units leave in the order of their scores over all groups, down to a floor in each, until the budget is met.
+
+    The floor is budget-neutral: a tenth of each group's units (`FLOOR`) where the budget allows it, else a half of
+    that, a quarter and so on. It moves units between groups and never the cost; without it, groups of small scores
+    would be emptied, and a layer that keeps next to nothing takes the network with it.
+    """
     floor = FLOOR
     while True:
         least = np.maximum(problem.minimum, np.ceil(floor * problem.sizes).astype(np.int64))
@@ -57,6 +61,10 @@ ALLOCATORS: dict[str, Callable[[Problem], NDArray[np.int64]]] = {
     "global": global_,
     "cost": cost_aware,
     "sap": sap,
+    "erk": erk,
+    "lamp": lamp,
+    "precrop": precrop,
+    "random": random,
 }
 
 

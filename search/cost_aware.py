@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from metaprune.search.problem import Counts, Kept, Problem, check_feasible, filled, least_kept
+from metaprune.search.problem import Counts, Kept, Problem, allocator, filled, least_kept
 
 _LEVELS = 64  # steps into which the largest groups are divided
 _SWAPS = 200
+_NEAR = 0.98  # of the budget: as much is promised where another step fits
 
 
+@allocator
 def cost_aware(problem: Problem) -> Kept:
     """Takes units from the group where they cost least importance per cost saved, until the budget is met; then swaps.
 
@@ -18,14 +20,13 @@ def cost_aware(problem: Problem) -> Kept:
     groups it meets, so savings are taken afresh from the cost polynomial after each step. In the end single steps are
     exchanged between groups as long as the removed importance falls within the budget.
     """
-    if problem.budget.width is not None:
-        return problem.at_width(problem.budget.width)
-    check_feasible(problem)
     least = least_kept(problem)
     lost = _lost(problem)
     kept = _removed(problem, least, lost)
     kept = filled(problem, kept, order=np.argsort(-_last(lost, kept), kind="stable"))
-    return _swapped(problem, kept, least, lost)
+    kept = _swapped(problem, kept, least, lost)
+    short = problem.excess(kept) < _NEAR  # as steps are coarse, swaps can save more than they spend
+    return filled(problem, kept, order=np.argsort(-_last(lost, kept), kind="stable")) if short else kept
 
 
 def _lost(problem: Problem) -> list[Counts]:

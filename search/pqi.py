@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaprune.graphs.errors import OptionError
-from metaprune.search.problem import Kept, Problem, check_feasible, least_kept, within_budget
+from metaprune.search.problem import Kept, Problem, allocator, least_kept, within_budget
 
 P, Q = 0.5, 1.0  # the exponents of the paper's experiments
 ETA = 1e-3  # share of the p-th powers that may lie outside the units that are needed; positive, so every group gives
@@ -66,18 +66,14 @@ def needed(scores: NDArray[np.floating[Any]], p: float = P, q: float = Q, eta: f
     return float(len(scores) * (1 + eta) ** (-q / (q - p)) * (1 - index) ** (p * q / (q - p)))
 
 
+@allocator
 def sap(problem: Problem) -> Kept:
     """Each group loses the share `min(gamma * (1 - m / d), beta)` of its d units, with one gamma that meets the budget.
 
     m is the number of units the group needs (see `needed`); beta holds every group above the common floor. The paper
     fixes gamma and prunes as far as that leads; here the budget is given, and gamma follows from it by bisection.
     """
-    if problem.budget.width is not None:
-        return problem.at_width(problem.budget.width)
-    check_feasible(problem)
     sizes = problem.sizes
-    if problem.excess(sizes) <= 1:
-        return sizes
     most = sizes - least_kept(problem)
     demand = np.array([len(s) - needed(s) for s in problem.scores])
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from metaprune.search.budget import Budget
 
 Counts = NDArray[np.float64]
 Kept = NDArray[np.int64]
+P = ParamSpec("P")
 FLOOR = 0.1  # share of its units that a group keeps where the budget allows it
 _HALVINGS = 60
 _TRIALS = 64  # groups tried one by one once no more of them fit together
@@ -31,6 +33,7 @@ class Problem:
         budget: The budget.
         step: For each free group, the step its kept count moves in.
         minimum: For each free group, the least kept count.
+        seed: Of allocators that draw.
     """
 
     costs: Costs
@@ -39,13 +42,14 @@ class Problem:
     budget: Budget
     step: NDArray[np.int64]
     minimum: NDArray[np.int64]
+    seed: int = 0
 
     @property
     def sizes(self) -> NDArray[np.int64]:
         """Full size of each free group."""
         return self.costs.sizes[list(self.free)].astype(np.int64)
 
-    def full(self, kept: NDArray[np.int64]) -> Counts:
+    def full(self, kept: NDArray[np.int64] | Counts) -> Counts:
         """Kept counts of all groups, shape [plans, groups], from those of the free ones, shape [plans, free]."""
         counts = np.tile(self.costs.sizes, (len(kept), 1))
         counts[:, list(self.free)] = kept
@@ -64,6 +68,25 @@ class Problem:
         whole = np.floor(kept / self.step + 1e-9).astype(np.int64) * self.step
         legal: NDArray[np.int64] = np.clip(whole, self.minimum, self.sizes)
         return legal
+
+
+def allocator(method: Callable[Concatenate[Problem, P], Kept]) -> Callable[Concatenate[Problem, P], Kept]:
+    """An allocator of a function that is asked only where the budget leaves something to decide.
+
+    A width settles the counts by itself, and where everything fits, everything stays; what no plan can meet is refused
+    (see `check_feasible`).
+    """
+
+    @wraps(method)
+    def allocate(problem: Problem, /, *args: P.args, **kwargs: P.kwargs) -> Kept:
+        if problem.budget.width is not None:
+            return problem.at_width(problem.budget.width)
+        check_feasible(problem)
+        if problem.excess(problem.sizes) <= 1:
+            return problem.sizes
+        return method(problem, *args, **kwargs)
+
+    return allocate
 
 
 def check_feasible(problem: Problem) -> None:
@@ -98,6 +121,7 @@ def least_kept(problem: Problem) -> Kept:
     return problem.minimum.copy()
 
 
+@allocator
 def proportional(problem: Problem, weights: Counts) -> Kept:
     """The largest allocation within the budget whose kept fractions are in proportion to weights, and at most 1.
 
@@ -105,15 +129,9 @@ def proportional(problem: Problem, weights: Counts) -> Kept:
         problem: The problem.
         weights: Shape [free], positive.
     """
-    if problem.budget.width is not None:
-        return problem.at_width(problem.budget.width)
-    check_feasible(problem)
-    sizes = problem.sizes
-    if problem.excess(sizes) <= 1:
-        return sizes
 
     def kept(scale: float) -> Counts:
-        counts: Counts = np.minimum(scale * weights, 1.0) * sizes
+        counts: Counts = np.minimum(scale * weights, 1.0) * problem.sizes
         return counts
 
     return within_budget(problem, kept, 0.0, float(1 / weights.min()))
