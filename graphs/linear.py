@@ -73,18 +73,25 @@ class Linear:
         if not self.stride:
             flat = value.reshape(1, -1, self.width)
             return flat if rows is None else flat[:, rows]
-        kernel, spatial = self.shape[2:], len(self.stride)
+        kernel = self.shape[2:]
         pads = [side for pair in reversed(self.padding) for side in pair]
-        windows = F.pad(value, pads) if any(pads) else value
-        for d, (size, stride, dilation) in enumerate(zip(kernel, self.stride, self.dilation, strict=True)):
-            windows = windows.unfold(2 + d, (size - 1) * dilation + 1, stride)
-        for d, dilation in enumerate(self.dilation):
-            windows = windows[(slice(None),) * (2 + spatial + d) + (slice(None, None, dilation),)]
-        windows = windows.movedim(1, 1 + spatial)  # [batch, *positions, channels, *kernel]
+        source = (F.pad(value, pads) if any(pads) else value).movedim(1, -1)  # [batch, *positions, channels]
+        size = [len(value)]
+        for length, k, stride, dilation in zip(source.shape[1:-1], kernel, self.stride, self.dilation, strict=True):
+            size.append((length - (k - 1) * dilation - 1) // stride + 1)
         if rows is None:
-            rows = torch.arange(prod(windows.shape[: 1 + spatial]), device=value.device)
-        picked = windows[torch.unravel_index(rows, windows.shape[: 1 + spatial])]  # [rows, channels, *kernel]
-        return picked.reshape(len(rows), self.groups, self.width).transpose(0, 1)
+            rows = torch.arange(prod(size), device=value.device)
+        batch, *places = torch.unravel_index(rows, size)
+        corner, offset = batch, rows.new_zeros(())  # flat positions, of a window's first element and within windows
+        for length, k, place, stride, dilation in zip(
+            source.shape[1:-1], kernel, places, self.stride, self.dilation, strict=True
+        ):
+            corner = corner * length + place * stride
+            offset = offset[..., None] * length + torch.arange(k, device=value.device) * dilation
+        read = (corner[:, None] + offset.flatten()).flatten()
+        picked = source.reshape(-1, value.shape[1]).index_select(0, read)
+        picked = picked.reshape(len(rows), -1, self.groups, value.shape[1] // self.groups)
+        return picked.permute(2, 0, 3, 1).reshape(self.groups, len(rows), self.width)
 
     def outputs(self, value: Tensor, rows: Tensor | None = None) -> Tensor:
         """A value shaped like the layer's output, shape [groups, rows, outputs of one group]."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,16 @@ from metaprune.graphs.errors import OptionError
 from metaprune.graphs.groups import Group
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
+from metaprune.judge import Judge
 from metaprune.search.allocate import MEASURED
 from metaprune.search.allocate import find as find_allocator
 from metaprune.search.budget import COSTS, Budget
-from metaprune.search.problem import Problem, check_feasible
+from metaprune.search.problem import Counts, Kept, Problem, check_feasible
 from metaprune.selection import Choice, around, nearest
 from metaprune.statistics import collect, collect_second_moments
+
+JUDGED = (MEASURED, "spdy")
+"""Allocators that measure pruned networks."""
 
 _COUNTED_IN_STEPS = ("channels", "residual", "ffn", "hidden", "other")
 
@@ -89,7 +94,7 @@ def make_plan(
         and (kinds is None or group.kind in kinds)
     ]
     if scored is None:
-        looked_at = data if allocator != MEASURED or criteria.find(criterion).data else None
+        looked_at = data if allocator not in JUDGED or criteria.find(criterion).data else None
         scores, samples = unit_scores(graph, [groups[i] for i in free], criterion, looked_at, seed)
     else:
         scores, samples = [scored.units[groups[i].name] for i in free], scored.samples
@@ -101,15 +106,19 @@ def make_plan(
     if not free:
         check_feasible(problem)
     chosen = Choice("", scores, np.empty(0, dtype=np.int64))
-    losses: dict[str, float] = {}
+    prunable = [groups[i] for i in free]
     if free:
+        judge = Judge(graph, data, seed=seed) if allocator in JUDGED else None
+        if judge is not None:
+            problem = replace(problem, measure=partial(_losses, judge, prunable, scores))
         kept = find_allocator(natural if allocator == MEASURED else allocator)(problem)
         chosen = Choice(allocator, scores, kept)
-    if free and allocator == MEASURED:
-        by_norm, _ = unit_scores(graph, [groups[i] for i in free], "magnitude")
-        choices = around(problem, kept, natural, {criterion: scores, "magnitude": by_norm})
-        chosen, losses = nearest(graph, [groups[i] for i in free], choices, data, seed)
-    keep = chosen.keep([groups[i] for i in free])
+        if judge is not None and allocator == MEASURED:
+            by_norm, _ = unit_scores(graph, prunable, "magnitude")
+            choices = around(problem, kept, natural, {criterion: scores, "magnitude": by_norm})
+            chosen, losses = nearest(prunable, choices, judge)
+            problem.record.update(losses)
+    keep = chosen.keep(prunable)
     counts = costs.sizes.copy()
     counts[free] = chosen.kept
     reached = {c: _fraction(costs.evaluate(c, counts[None])[0], costs.evaluate(c, costs.sizes[None])[0]) for c in COSTS}
@@ -123,9 +132,14 @@ def make_plan(
         "kinds": None if kinds is None else list(kinds),
         "seed": seed,
     }
-    if losses:
-        provenance["measured"] = losses
+    if problem.record:
+        provenance["solver" if allocator != MEASURED else MEASURED] = problem.record
     return Plan(keep, graph.fingerprint, goal.text, reached, provenance)
+
+
+def _losses(judge: Judge, groups: Sequence[Group], scores: Sequence[NDArray[np.float64]], kept: Kept) -> Counts:
+    """Distortion of each of several allocations, shape [plans, groups], with units ranked by their scores."""
+    return np.array(judge.distortions([Choice("", scores, counts).keep(groups) for counts in kept]))
 
 
 def _resolved(criterion: str | None, allocator: str | None, data: Any) -> tuple[str, str, str]:
@@ -135,8 +149,8 @@ def _resolved(criterion: str | None, allocator: str | None, data: Any) -> tuple[
     allocator = allocator or (MEASURED if criterion is None and data is not None else natural)
     if allocator != MEASURED:
         find_allocator(allocator)
-    elif data is None:
-        raise OptionError(f"data: allocator {MEASURED!r} needs calibration data")
+    if allocator in JUDGED and data is None:
+        raise OptionError(f"data: allocator {allocator!r} needs calibration data")
     return chosen, allocator, natural
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SAMPLES = 500
 MEMORY = 2 << 30
 _CHUNK = 32
+_LARGE = 256  # where nothing is held out
 _FOLDS = 5
 _SAME = 1e-5
 _TINY = 1e-6
@@ -113,7 +114,8 @@ class Fit:
         layers = {n: layer for n, layer in linear_layers(cut).items() if _alike(dense, cut, layer)}
         self._responses = responses(cut, layers)
         leaves = leaves[: max(_FOLDS, memory // (peak_bytes(dense) + peak_bytes(cut)))]
-        batches = joined(dense, leaves, batch_size(dense) or max(1, min(_CHUNK, len(leaves) // _FOLDS)))
+        size = min(_CHUNK, len(leaves) // _FOLDS) if len(strengths) > 1 else _LARGE
+        batches = joined(dense, leaves, batch_size(dense) or max(1, size))
         self.samples = len(leaves)
         inputs = frozenset(response.layer.input for response in self._responses.values())
         goals = Counter(response.target for response in self._responses.values())

@@ -8,30 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
-from metaprune.calibration import Leaves, batch_size, joined, leaves_of, outputs_in
-from metaprune.graphs.errors import OptionError
-from metaprune.graphs.execute import execute
 from metaprune.graphs.groups import Group
-from metaprune.graphs.ir import Graph
-from metaprune.graphs.surgery import cut
-from metaprune.reconstruction import SAMPLES, Fit
+from metaprune.judge import Judge
 from metaprune.search.blends import blends
 from metaprune.search.problem import Kept, Problem
 
-Keep: TypeAlias = Mapping[str, tuple[int, ...]]
 Scores: TypeAlias = Sequence[NDArray[np.float64]]
 _WAY = {"1/3": 1 / 3, "2/3": 2 / 3, "all": 1.0}  # from uniform to the other allocation
-_SHARE = 0.4  # of the samples: so many, the first, are fitted on, and so many, the last, judge
-_CHUNK = 50
-_ROWS, _ROWS_PER_COLUMN, _STRENGTHS = 4096, 4, (1e-2,)  # coarser than a fit that is to be kept
 
 
 @dataclass(frozen=True)
@@ -75,19 +63,15 @@ def around(problem: Problem, kept: Kept, allocator: str, scores: Mapping[str, Sc
     ]
 
 
-def nearest(
-    graph: Graph, groups: Sequence[Group], choices: Sequence[Choice], data: Any, seed: int = 0
-) -> tuple[Choice, dict[str, float]]:
+def nearest(groups: Sequence[Group], choices: Sequence[Choice], judge: Judge) -> tuple[Choice, dict[str, float]]:
     """The choice whose pruned network's outputs are nearest to the dense ones, and the distortion of each by name.
 
     Args:
-        graph: The network.
         groups: Those that may shrink.
         choices: At least one.
-        data: Calibration data.
-        seed: See `distortions`, as for the errors raised.
+        judge: Of the network; for the errors raised see `Judge.distortions`.
     """
-    losses = distortions(graph, [choice.keep(groups) for choice in choices], data, seed=seed)
+    losses = judge.distortions([choice.keep(groups) for choice in choices])
     best = choices[int(np.argmin(losses))]
     return best, {choice.name: loss for choice, loss in zip(choices, losses, strict=True)}
 
@@ -97,78 +81,3 @@ def _ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
     ranks: NDArray[np.float64] = (np.cumsum(count) - (count - 1) / 2)[place]
     return ranks
-
-
-def distortions(graph: Graph, plans: Sequence[Keep], data: Any, samples: int = SAMPLES, seed: int = 0) -> list[float]:
-    """How far the outputs of each pruned network, fitted by least squares, are from the dense network's.
-
-    Args:
-        graph: The network.
-        plans: Kept units by group, of each plan.
-        data: Calibration data; labels are not looked at. The first two fifths of the samples are fitted on, and
-            on the last two fifths the outputs are compared.
-        samples: At most this many.
-        seed: Of the fit, and of noise.
-
-    Returns:
-        For each plan the mean of `distortion`; infinite for a network that does not run.
-
-    Raises:
-        OptionError: Fewer than two samples, data that do not fit the network, or a network on the meta device.
-    """
-    if any(value.is_meta for value in graph.values.values()):
-        raise OptionError("allocator: a network on the meta device can not be measured")
-    leaves = leaves_of(graph, data, samples, seed)
-    if len(leaves) < 2:
-        raise OptionError("data: two samples are needed at least, one to fit on and one to judge by")
-    fitted = leaves[: max(1, round(_SHARE * len(leaves)))]
-    judged = joined(graph, leaves[-max(1, round(_SHARE * len(leaves))) :], batch_size(graph) or _CHUNK)
-    with torch.no_grad():
-        wanted = [outputs_in(execute(graph, graph.values, batch)) for batch in judged]
-        return [_measured(graph, keep, fitted, judged, wanted, seed) for keep in plans]
-
-
-def _measured(
-    graph: Graph,
-    keep: Keep,
-    fitted: Sequence[Leaves],
-    judged: Sequence[Leaves],
-    wanted: Sequence[Sequence[Tensor]],
-    seed: int,
-) -> float:
-    small = cut(graph, keep).graph
-    fit = Fit(
-        graph,
-        small,
-        small.values,
-        keep,
-        fitted,
-        seed=seed,
-        rows=_ROWS,
-        rows_per_column=_ROWS_PER_COLUMN,
-        strengths=_STRENGTHS,
-    )
-    try:
-        fit.run()
-        found = [outputs_in(execute(small, fit.values, batch)) for batch in judged]
-    except RuntimeError:  # the certificate will say what is wrong with this cut
-        return float("inf")
-    apart = [distortion(mine, theirs) for mine, theirs in zip(found, wanted, strict=True)]
-    total = float(torch.cat(apart).mean())
-    return total if total == total else float("inf")
-
-
-def distortion(outputs: Sequence[Tensor], dense: Sequence[Tensor]) -> Tensor:
-    """Distance of a network's outputs to those of the dense network.
-
-    Where the first output is one row of logits per sample, the divergence KL(dense || pruned) of their softmax for
-    each sample, shape [batch]; otherwise the squared error of all outputs over the dense ones' squares, shape [1].
-    """
-    mine, theirs = outputs[0].double(), dense[0].double()
-    if theirs.ndim == 2 and theirs.shape[1] > 1:
-        return F.kl_div(mine.log_softmax(1), theirs.log_softmax(1), reduction="none", log_target=True).sum(1)
-    error, size = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    for a, b in zip(outputs, dense, strict=True):
-        error += (a.double() - b.double()).square().sum().cpu()
-        size += b.double().square().sum().cpu()
-    return error / size.clamp_min(torch.finfo(torch.float64).tiny)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,16 @@ def global_(problem: Problem) -> NDArray[np.int64]:
     return filled(problem, after(low), order=np.array(list(dict.fromkeys(last.tolist())), dtype=np.int64))
 
 
+def _later(module: str, name: str) -> Callable[[Problem], NDArray[np.int64]]:
+    """An allocator whose module, and the solvers behind it, are imported when it is first asked."""
+
+    def allocate(problem: Problem) -> NDArray[np.int64]:
+        found: Callable[[Problem], NDArray[np.int64]] = getattr(import_module(f"metaprune.search.{module}"), name)
+        return found(problem)
+
+    return allocate
+
+
 ALLOCATORS: dict[str, Callable[[Problem], NDArray[np.int64]]] = {
     "uniform": uniform,
     "global": global_,
@@ -65,6 +76,10 @@ ALLOCATORS: dict[str, Callable[[Problem], NDArray[np.int64]]] = {
     "lamp": lamp,
     "precrop": precrop,
     "random": random,
+    "dp": _later("layer_adaptive", "dp"),
+    "milp": _later("layer_adaptive", "milp"),
+    "lagrange": _later("layer_adaptive", "relaxed"),
+    "spdy": _later("spdy", "spdy"),
 }
 
 

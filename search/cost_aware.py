@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from metaprune.search.problem import Counts, Kept, Problem, allocator, filled, least_kept
+from metaprune.search.problem import Counts, Kept, Problem, allocator, filled, least_kept, lost
 
 _LEVELS = 64  # steps into which the largest groups are divided
 _SWAPS = 200
@@ -21,33 +21,24 @@ def cost_aware(problem: Problem) -> Kept:
     exchanged between groups as long as the removed importance falls within the budget.
     """
     least = least_kept(problem)
-    lost = _lost(problem)
-    kept = _removed(problem, least, lost)
-    kept = filled(problem, kept, order=np.argsort(-_last(lost, kept), kind="stable"))
-    kept = _swapped(problem, kept, least, lost)
+    curves = [lost(scores) for scores in problem.scores]
+    kept = _removed(problem, least, curves)
+    kept = filled(problem, kept, order=np.argsort(-_last(curves, kept), kind="stable"))
+    kept = _swapped(problem, kept, least, curves)
     short = problem.excess(kept) < _NEAR  # as steps are coarse, swaps can save more than they spend
-    return filled(problem, kept, order=np.argsort(-_last(lost, kept), kind="stable")) if short else kept
+    return filled(problem, kept, order=np.argsort(-_last(curves, kept), kind="stable")) if short else kept
 
 
-def _lost(problem: Problem) -> list[Counts]:
-    """For each group, importance lost by kept count: entry k when the k best units stay, shape [size + 1]."""
-    found = []
-    for scores in problem.scores:
-        ascending = np.sort(np.maximum(scores, 0.0))
-        found.append(np.concatenate([[0.0], np.cumsum(ascending)])[::-1].copy())
-    return found
+def _at(curves: list[Counts], kept: Kept) -> Counts:
+    return np.array([curve[k] for curve, k in zip(curves, kept.tolist(), strict=True)])
 
 
-def _at(lost: list[Counts], kept: Kept) -> Counts:
-    return np.array([curve[k] for curve, k in zip(lost, kept.tolist(), strict=True)])
-
-
-def _last(lost: list[Counts], kept: Kept) -> Counts:
+def _last(curves: list[Counts], kept: Kept) -> Counts:
     """Importance of the best unit that is gone, by group."""
-    return np.array([c[k] - c[min(k + 1, len(c) - 1)] for c, k in zip(lost, kept.tolist(), strict=True)])
+    return np.array([c[k] - c[min(k + 1, len(c) - 1)] for c, k in zip(curves, kept.tolist(), strict=True)])
 
 
-def _removed(problem: Problem, least: Kept, lost: list[Counts]) -> Kept:
+def _removed(problem: Problem, least: Kept, curves: list[Counts]) -> Kept:
     kept = problem.sizes.copy()
     stride = np.maximum(problem.step, problem.step * np.maximum(1, problem.sizes // _LEVELS // problem.step))
     here = problem.excess(kept)
@@ -59,9 +50,9 @@ def _removed(problem: Problem, least: Kept, lost: list[Counts]) -> Kept:
         plans = np.tile(kept, (len(movable), 1))
         plans[np.arange(len(movable)), movable] = smaller[movable]
         saved = here - problem.budget.excess(problem.costs, problem.full(plans))
-        harm = _at(lost, smaller)[movable] - _at(lost, kept)[movable]
+        harm = _at(curves, smaller)[movable] - _at(curves, kept)[movable]
         best = int(np.argmin(np.where(saved > 0, (harm + 1e-30) / np.maximum(saved, 1e-30), np.inf)))
-        if saved[best] <= 0:  # nothing saves by itself: take what harms least
+        if saved[best] <= 0:  # nothing saves by itself: take what curves least
             best = int(np.argmin(harm))
         kept[movable[best]] = smaller[movable[best]]
         here = problem.excess(kept)
@@ -73,11 +64,11 @@ def _down(counts: Kept, step: NDArray[np.int64]) -> Kept:
     return whole
 
 
-def _swapped(problem: Problem, kept: Kept, least: Kept, lost: list[Counts]) -> Kept:
+def _swapped(problem: Problem, kept: Kept, least: Kept, curves: list[Counts]) -> Kept:
     """Gives one step to a group and takes steps from another while that lowers the importance lost."""
     for _ in range(_SWAPS):
         larger = np.minimum(kept + problem.step, problem.sizes)
-        gain = _at(lost, kept) - _at(lost, larger)
+        gain = _at(curves, kept) - _at(curves, larger)
         best: tuple[float, Kept] | None = None
         for receiver in np.argsort(-gain, kind="stable")[:8].tolist():
             if gain[receiver] <= 0:
@@ -88,7 +79,7 @@ def _swapped(problem: Problem, kept: Kept, least: Kept, lost: list[Counts]) -> K
                     count = kept[giver] - steps * problem.step[giver]
                     if giver == receiver or count < least[giver] or kept[giver] % problem.step[giver]:
                         break
-                    harm = lost[giver][count] - lost[giver][kept[giver]]
+                    harm = curves[giver][count] - curves[giver][kept[giver]]
                     if harm < gain[receiver]:
                         plan = kept.copy()
                         plan[receiver], plan[giver] = larger[receiver], count
@@ -100,7 +91,7 @@ def _swapped(problem: Problem, kept: Kept, least: Kept, lost: list[Counts]) -> K
             for plan, harm, fit in zip(plans, harms, fits, strict=True):
                 if fit and (best is None or gain[receiver] - harm > best[0]):
                     best = (float(gain[receiver] - harm), plan)
-        if best is None or best[0] <= 1e-12 * max(1.0, float(_at(lost, least).sum())):
+        if best is None or best[0] <= 1e-12 * max(1.0, float(_at(curves, least).sum())):
             break
         kept = best[1]
     return kept

@@ -150,7 +150,7 @@ class _Table:
         for level in range(len(step.harm)):
             level_of[step.variable] = level
             place = (level, *(0 if n == 1 else i for i, n in zip(at, step.costs.shape[2:], strict=True)))
-            own = step.costs[(slice(None), *place)]
+            own = step.costs.reshape(len(step.costs), -1)[:, np.ravel_multi_index(place, step.costs.shape[1:])]
             inputs = [(c, tuple(level_of[v] for v in self._elimination.steps[c].rest)) for c in step.inputs]
             others = float(self._outside[number][at]) + sum(float(self._inside[c][i]) for c, i in inputs)
             pairs = Pairs(step.harm[level : level + 1], own[None], np.array([level]), np.zeros((1, 0), dtype=np.int64))
@@ -219,9 +219,8 @@ def _undominated(harm: Counts, costs: Counts) -> NDArray[np.int64]:
 
 def _no_worse(values: Counts, others: Counts) -> NDArray[np.bool_]:
     """Whether another pair is nowhere above a pair, shape [pairs, others]."""
-    result: NDArray[np.bool_] = (others[None] <= values[:, None]).all(axis=2)
-    return result
+    return np.asarray((others[None] <= values[:, None]).all(axis=2))
 
 
 def _beaten(values: Counts, others: Counts) -> NDArray[np.bool_]:
-    return _no_worse(values, others).any(axis=1)
+    return np.asarray(_no_worse(values, others).any(axis=1))

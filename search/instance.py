@@ -83,7 +83,10 @@ class Instance:
 
     def harms(self, choices: Choice) -> Counts:
         """Total harm of chosen levels, shape [plans, variables]; shape [plans]."""
-        return np.sum([harm[choices[:, v]] for v, harm in enumerate(self.harm)], axis=0)
+        total = np.zeros(len(choices))
+        for variable, harm in enumerate(self.harm):
+            total += harm[choices[:, variable]]
+        return total
 
     def costs(self, choices: Choice) -> Counts:
         """Each limit's cost over its bound, shape [plans, limits]; at most 1 is within."""
@@ -92,8 +95,7 @@ class Instance:
 
     def fits(self, choices: Choice) -> NDArray[np.bool_]:
         """Whether all limits are kept, shape [plans]."""
-        within: NDArray[np.bool_] = (self.costs(choices) <= 1 + TOLERANCE).all(axis=1)
-        return within
+        return np.asarray((self.costs(choices) <= 1 + TOLERANCE).all(axis=1))
 
     def restricted(self, allowed: Sequence[NDArray[np.bool_]]) -> Instance:
         """The same problem with some levels only, for each variable a mask of shape [levels]."""

@@ -8,7 +8,6 @@ far (Dantzig and Wolfe, Operations Research 8, 1960), for one limit or several.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from scipy.optimize import linprog
@@ -24,10 +23,8 @@ _DECADES = 8
 _CLOSE = 1e-9
 
 
-class Oracle(Protocol):
-    """Finds choices of least harm plus priced cost; see `Elimination.lowest`."""
-
-    def lowest(self, prices: Counts) -> tuple[Choice, Counts]: ...
+Oracle = Elimination | Descent
+"""Finds choices of least harm plus priced cost, for several rows of prices at once."""
 
 
 @dataclass(frozen=True)

@@ -14,22 +14,25 @@ from metaprune.search.dynamic import dynamic
 from metaprune.search.instance import Instance, Solution, from_problem
 from metaprune.search.lagrange import lagrange
 from metaprune.search.milp import integer_program
-from metaprune.search.problem import Counts, Kept, Problem, filled, least_kept
+from metaprune.search.problem import Counts, Kept, Problem, allocator, filled, least_kept, lost
 
 Solver = Callable[[Instance], Solution]
 LEVELS = 16
 
 
+@allocator
 def dp(problem: Problem) -> Kept:
     """By the dynamic program, proven optimal on a ladder of kept counts where few groups meet each other."""
     return solved(problem, dynamic)
 
 
+@allocator
 def milp(problem: Problem) -> Kept:
     """By mixed-integer programming: several limits at once, and dense topologies, with a proven gap."""
     return solved(problem, integer_program)
 
 
+@allocator
 def relaxed(problem: Problem) -> Kept:
     """By Lagrangian relaxation: in milliseconds, near the optimum, with a proven gap where few groups meet."""
     return solved(problem, lagrange)
@@ -64,12 +67,6 @@ def curves_of(problem: Problem) -> Sequence[Counts]:
     if problem.curves is not None:
         return problem.curves
     return [lost(scores) for scores in problem.scores]
-
-
-def lost(scores: Counts) -> Counts:
-    """Scores lost by kept count: entry k when the k best units stay, shape [size + 1]; less than 0 counts as 0."""
-    ascending = np.sort(np.maximum(scores, 0.0))
-    return np.concatenate([[0.0], np.cumsum(ascending)])[::-1].copy()
 
 
 def ladder(least: Kept, most: Kept, step: Kept, with_: Kept | None = None) -> list[Kept]:

@@ -172,7 +172,7 @@ class _Model:
         copies = list(range(len(self.upper), len(self.upper) + count))
         self.upper += [max(other.most, 0.0)] * count
         self._row(
-            {**{copy: 1.0 for copy in copies}, **{c: -w for c, w in other.weights.items()}},
+            {**dict.fromkeys(copies, 1.0), **{c: -w for c, w in other.weights.items()}},
             other.constant,
             other.constant,
         )

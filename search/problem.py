@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec
 
@@ -34,6 +34,10 @@ class Problem:
         step: For each free group, the step its kept count moves in.
         minimum: For each free group, the least kept count.
         seed: Of allocators that draw.
+        curves: Harm of keeping k units of each free group, shape [size + 1] each, where it was measured.
+        measure: Loss of the pruned network for each of several allocations, shape [plans, free], where it can be
+            measured.
+        record: What the allocator has to say about its answer, for the plan's provenance.
     """
 
     costs: Costs
@@ -43,6 +47,9 @@ class Problem:
     step: NDArray[np.int64]
     minimum: NDArray[np.int64]
     seed: int = 0
+    curves: Sequence[Counts] | None = None
+    measure: Callable[[Kept], Counts] | None = None
+    record: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -119,6 +126,12 @@ def least_kept(problem: Problem) -> Kept:
             return least
         floor /= 2
     return problem.minimum.copy()
+
+
+def lost(scores: Counts) -> Counts:
+    """Scores lost by kept count: entry k when the k best units stay, shape [size + 1]; less than 0 counts as 0."""
+    ascending = np.sort(np.maximum(scores, 0.0))
+    return np.concatenate([[0.0], np.cumsum(ascending)])[::-1].copy()
 
 
 @allocator

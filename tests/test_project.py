@@ -44,6 +44,8 @@ LAYERS = (
         "metaprune.compensation",
         "metaprune.features",
         "metaprune.imitation",
+        "metaprune.distances",
+        "metaprune.judge",
     ),
     ("metaprune.search", "metaprune.search.*"),
     ("metaprune", "metaprune.*"),

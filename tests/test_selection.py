@@ -10,18 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaprune as mp
-from metaprune import selection
+from metaprune import judge
 from metaprune.calibration import ROWS
+from metaprune.distances import distortion
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
+from metaprune.judge import Judge
 from metaprune.ridge import RIDGES
 from metaprune.search.allocate import uniform
 from metaprune.search.blends import blends
 from metaprune.search.budget import Budget
 from metaprune.search.cost_aware import cost_aware
 from metaprune.search.problem import Problem
-from metaprune.selection import Choice, around, distortion, distortions, nearest
+from metaprune.selection import Choice, around, nearest
 
 
 def _network(seed: int = 0) -> nn.Module:
@@ -48,13 +50,13 @@ def _problem(graph: Graph, budget: str, seed: int = 0) -> Problem:
 
 
 def test_distortions_are_those_of_the_fitted_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_ROWS", ROWS)  # as fine as a fit that is to be kept
-    monkeypatch.setattr(selection, "_STRENGTHS", RIDGES)
+    monkeypatch.setattr(judge, "_ROWS", ROWS)  # as fine as a fit that is to be kept
+    monkeypatch.setattr(judge, "_STRENGTHS", RIDGES)
     model, images = _network(), _images()
     graph = mp.trace(model, images[:1])
     groups = [group for group in graph.groups if not group.pinned]
     plans = [{g.name: tuple(range(g.size // 2)) for g in groups}, {groups[0].name: (0, 3)}, {}]
-    found = distortions(graph, plans, [images])
+    found = Judge(graph, [images]).distortions(plans)
     with torch.no_grad():
         wanted = model(images[60:]).log_softmax(1)
         for keep, value in zip(plans, found, strict=True):
@@ -73,7 +75,7 @@ def test_the_nearest_choice_is_planned() -> None:
     assert len(losses) == 4
     assert all(np.isfinite(loss) and loss > 0 for loss in losses.values())
     best = min(losses.values())
-    assert distortions(graph, [plan.keep], [_images(200)]) == [pytest.approx(best)]
+    assert Judge(graph, [_images(200)]).distortions([plan.keep]) == [pytest.approx(best)]
     assert 0.36 < plan.reached["macs"] <= 0.4
 
 
@@ -115,7 +117,7 @@ def test_a_network_that_does_not_run_is_infinitely_far(monkeypatch: pytest.Monke
     graph = mp.trace(_network(), _images(1))
     groups = [group for group in graph.groups if not group.pinned]
     choices = [Choice(str(n), [np.arange(g.size, dtype=float) for g in groups], np.array([n, n, n])) for n in (2, 5)]
-    whole = selection.cut
+    whole = judge.cut
 
     def damaged(dense: Graph, keep: Any) -> Any:
         made = whole(dense, keep)
@@ -125,8 +127,8 @@ def test_a_network_that_does_not_run_is_infinitely_far(monkeypatch: pytest.Monke
             return dataclasses.replace(made, graph=dataclasses.replace(made.graph, values=values))
         return made
 
-    monkeypatch.setattr(selection, "cut", damaged)
-    chosen, losses = nearest(graph, groups, choices, [_images(50)])
+    monkeypatch.setattr(judge, "cut", damaged)
+    chosen, losses = nearest(groups, choices, Judge(graph, [_images(50)]))
     assert chosen.name == "2"
     assert losses["5"] == float("inf")
     assert losses["2"] < float("inf")
@@ -160,12 +162,12 @@ def test_blends_lie_between_uniform_and_the_other(seed: int, budget: str) -> Non
 def test_bad_input() -> None:
     graph = mp.trace(_network(), _images(1))
     with pytest.raises(OptionError, match="two samples"):
-        distortions(graph, [{}], [_images(1)])
+        Judge(graph, [_images(1)])
     with pytest.raises(OptionError, match="no samples"):
-        distortions(graph, [{}], [])
+        Judge(graph, [])
     with pytest.raises(OptionError, match="allocator 'measured' needs calibration data"):
         mp.plan(graph, "macs=0.5", allocator="measured")
     with torch.device("meta"):
         empty = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     with pytest.raises(OptionError, match="meta device"):
-        distortions(mp.trace(empty, torch.empty(1, 1, 8, 8, device="meta")), [{}], [_images(4)])
+        Judge(mp.trace(empty, torch.empty(1, 1, 8, 8, device="meta")), [_images(4)])
