@@ -12,11 +12,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from metaprune.calibration import Leaves, batch_size, joined, leaves_of, outputs_in
+from metaprune.distances import distortion
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.execute import execute
 from metaprune.graphs.groups import Group
@@ -156,19 +156,3 @@ def _measured(
     apart = [distortion(mine, theirs) for mine, theirs in zip(found, wanted, strict=True)]
     total = float(torch.cat(apart).mean())
     return total if total == total else float("inf")
-
-
-def distortion(outputs: Sequence[Tensor], dense: Sequence[Tensor]) -> Tensor:
-    """Distance of a network's outputs to those of the dense network.
-
-    Where the first output is one row of logits per sample, the divergence KL(dense || pruned) of their softmax for
-    each sample, shape [batch]; otherwise the squared error of all outputs over the dense ones' squares, shape [1].
-    """
-    mine, theirs = outputs[0].double(), dense[0].double()
-    if theirs.ndim == 2 and theirs.shape[1] > 1:
-        return F.kl_div(mine.log_softmax(1), theirs.log_softmax(1), reduction="none", log_target=True).sum(1)
-    error, size = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    for a, b in zip(outputs, dense, strict=True):
-        error += (a.double() - b.double()).square().sum().cpu()
-        size += b.double().square().sum().cpu()
-    return error / size.clamp_min(torch.finfo(torch.float64).tiny)

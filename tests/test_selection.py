@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import metaprune as mp
 from metaprune import selection
 from metaprune.calibration import ROWS
+from metaprune.distances import distortion
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
@@ -21,7 +22,7 @@ from metaprune.search.blends import blends
 from metaprune.search.budget import Budget
 from metaprune.search.cost_aware import cost_aware
 from metaprune.search.problem import Problem
-from metaprune.selection import Choice, around, distortion, distortions, nearest
+from metaprune.selection import Choice, around, distortions, nearest
 
 
 def _network(seed: int = 0) -> nn.Module:
