@@ -37,7 +37,7 @@ class Sensitivity:
         points: By kind and group what was measured at these k, before curves were made monotone.
         forwards: Multiply-adds spent, in forward passes of all samples: of ranking, gradients (a backward pass counts
             as two) and measurements, of these only what had to be computed again.
-        samples: Number of samples; 0 without data.
+        samples: Number of samples; for curves of the weights alone those that the ranking looked at.
         graph: Fingerprint of the network's axis table.
         weights: Digest of the network's tensors.
         provenance: Method, criterion, options and seed.

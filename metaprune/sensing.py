@@ -62,7 +62,7 @@ def sensitivity(
     """
     method = _checked(graph, data, method, levels, compensate, samples, seed, kinds)
     data = None if data is None else repeatable(data)
-    ranking, ranked = _ranking(graph, data, criterion, method, seed)
+    ranking, passes = _ranking(graph, data, criterion, method, seed)
     free = [group for group in graph.groups if not group.pinned]
     order = {g.name: np.lexsort((np.arange(g.size), -ranking.units[g.name])) for g in free}
     provenance = {
@@ -74,19 +74,18 @@ def sensitivity(
         "seed": seed,
     }
     if method == WEIGHTS:
-        table, count = Table({WEIGHTS: _by_weights(graph, order)}), 0
+        table, count = Table({WEIGHTS: _by_weights(graph, order)}), ranking.samples
     else:
         leaves = leaves_of(graph, data, samples, seed)
         layers = consumers(graph, data, samples, seed) if compensate else None
         table = tabulate(graph, order, leaves, method, levels, kinds_of(graph, kinds), layers, seed)
         count = len(leaves)
-        ranked /= count
     return Sensitivity(
         table.curves,
         order,
         table.levels,
         table.points,
-        table.forwards + ranked + compensate,
+        table.forwards + passes * ranking.samples / max(1, count) + compensate,
         count,
         graph.fingerprint,
         weights_digest(graph),
@@ -117,6 +116,8 @@ def _checked(
             raise OptionError(f"{option}: must be a positive whole number, not {value!r}")
     if type(seed) is not int:
         raise OptionError(f"seed: must be a whole number, not {seed!r}")
+    if type(compensate) is not bool:
+        raise OptionError(f"compensate: must be True or False, not {compensate!r}")
     if method not in LEVELS and (levels is not None or compensate):
         raise OptionError(f"{'compensate' if compensate else 'levels'}: method {method!r} measures nothing")
     if method == WEIGHTS and kinds is not None:
@@ -125,7 +126,7 @@ def _checked(
 
 
 def _ranking(graph: Graph, data: Any, criterion: str | Scores | None, method: str, seed: int) -> tuple[Scores, float]:
-    """Scores of all units, and what they cost in forward passes of one sample."""
+    """Scores of all units, and what they cost here, in forward passes of each sample that they looked at."""
     if isinstance(criterion, Scores):
         for group in graph.groups:
             if not group.pinned and len(criterion.units.get(group.name, ())) != group.size:
@@ -136,7 +137,7 @@ def _ranking(graph: Graph, data: Any, criterion: str | Scores | None, method: st
     if method == WEIGHTS and data is not None and not row.data:
         raise OptionError(f"data: neither method {method!r} nor criterion {name!r} uses data")
     found = score(graph, name, data if row.data else None, seed)
-    return found, found.samples * (1.0 if row.columns else 3.0)
+    return found, 1.0 if row.columns else 3.0 if row.data else 0.0
 
 
 def _by_weights(graph: Graph, order: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.float64]]:

@@ -83,12 +83,14 @@ def test_what_is_no_number_is_infinitely_far() -> None:
 
 
 def test_weights_alone_give_shares_of_squared_norms() -> None:
-    graph, _ = traced("residual")
+    graph, x = traced("residual")
     found = mp.sensitivity(graph)
     assert found.kinds == ("weights",)
     assert found.provenance["method"] == "weights"
     assert found.provenance["data"] is None
     assert (found.forwards, found.samples) == (0, 0)
+    ranked = mp.sensitivity(graph, [x], "fisher", method="weights")
+    assert (ranked.forwards, ranked.samples) == (3, len(x))
     for group in free(graph):
         norms = np.zeros(group.size)
         for part in group.slices:
@@ -138,6 +140,7 @@ def test_data_may_be_an_iterator_and_the_network_is_not_changed() -> None:
         ({"levels": 0}, "levels: must be"),
         ({"levels": 4, "method": "one_pass"}, "levels: method 'one_pass' measures nothing"),
         ({"compensate": True, "method": "one_pass"}, "compensate: method 'one_pass' measures nothing"),
+        ({"compensate": 2}, "compensate: must be"),
         ({"samples": 0}, "samples: must be"),
         ({"seed": 0.5}, "seed: must be"),
         ({"criterion": "guess"}, "criterion: 'guess' is none of"),
