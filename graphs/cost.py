@@ -84,7 +84,7 @@ class Costs:
                 if graph.tensors[node.args[0]].kind == "parameter":
                     found["params"].append(tuple(self.shape(node)))
             elif node.op != "input" and isinstance(node.meta, (Meta, tuple)):
-                found["macs"] += self._macs(node)
+                found["macs"] += self.macs(node)
                 if not _moves(node.op):
                     for number, meta in enumerate(_values(node)):
                         if isinstance(meta, Meta):
@@ -150,7 +150,8 @@ class Costs:
                 constant += count
         return Size(constant, products=tuple(products))
 
-    def _macs(self, node: Node) -> list[Term]:
+    def macs(self, node: Node) -> list[Term]:
+        """Multiply-adds of one operator."""
         from metaprune.graphs.rules import lookup
 
         rule = lookup(node.op)
@@ -231,6 +232,16 @@ def counted(graph: Graph) -> Cost:
     costs = _Counted(graph)
     nothing = np.zeros((1, 0))
     return Cost(*(round(float(costs.evaluate(what, nothing)[0])) for what in ("macs", "params", "bytes")))
+
+
+def macs_by_node(graph: Graph) -> dict[str, float]:
+    """Multiply-adds of each operator of a graph as it stands, on the caller's example batch, by node."""
+    costs, nothing = _Counted(graph), np.zeros((1, 0))
+    return {
+        node.name: float(Polynomial(costs.macs(node)).at(nothing)[0])
+        for node in graph.nodes.values()
+        if node.op not in ("input", "tensor") and isinstance(node.meta, (Meta, tuple))
+    }
 
 
 def _values(node: Node) -> list[Any]:

@@ -47,12 +47,19 @@ def execute(
     gates: Gates | None = None,
     training: bool = False,
     watch: Watch | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Runs a graph on values of its input nodes; see `run`. `watch` sees every node's value."""
+    """Runs a graph on values of its input nodes; see `run`.
+
+    `watch` sees every node's value. Nodes whose values are `known` are not computed.
+    """
+    known = known or {}
     env: dict[str, Any] = {}
     last = _last_uses(graph)
     for node in list(graph.nodes.values()):
-        if node.op == "input":
+        if node.name in known:
+            env[node.name] = known[node.name]
+        elif node.op == "input":
             env[node.name] = leaves[node.name]
         elif node.op == "tensor":
             env[node.name] = values[node.args[0]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from metaprune.graphs import operators
@@ -44,8 +45,14 @@ class Gates:
         self.straight_through = straight_through
         self._coupling = coupling
         self._spread: dict[int, torch.Tensor | None] = {}
-        self._touched = touched
+        self._touched = np.array(sorted(touched))
         self.sites: dict[str, list[Site]] = coupling.flow.sites
+
+    @property
+    def nodes(self) -> list[str]:
+        """Nodes that a gate acts on."""
+        acting = (name for name, sites in self.sites.items() if any(self._acts(site) for site in sites))
+        return list(acting)
 
     def along(self, name: str, dim: int) -> torch.Tensor | None:
         """Gate at each position of a value's axis, shape [size]; None where no gate acts."""
@@ -56,11 +63,16 @@ class Gates:
         if key not in self._spread:
             result: torch.Tensor | None = None
             for units in self._coupling.units(axis):
+                if not np.isin(self._coupling.owner[units[units >= 0]], self._touched).any():
+                    continue
                 found = torch.from_numpy(units).to(self._all.device)
                 factor = torch.where(found >= 0, self._all[found.clamp(min=0)], self._all.new_ones(()))
                 result = factor if result is None else result * factor
             self._spread[key] = result
         return self._spread[key]
+
+    def _acts(self, site: Site) -> bool:
+        return self.along(site.arg, site.dim) is not None
 
 
 def gated_call(node: Node, gates: Gates, args: list[Any], kwargs: dict[str, Any]) -> Any:

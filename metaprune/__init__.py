@@ -8,8 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from metaprune.additive import additivity
     from metaprune.api import Pruned, apply, load, plan, prune, trace
     from metaprune.brain_surgeon import obs_update
+    from metaprune.curves import Sensitivity
     from metaprune.data import Batches
     from metaprune.datasets import cifar, digits, fashion_mnist
     from metaprune.evaluation import evaluate
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from metaprune.reconstruction import reconstruct
     from metaprune.recovery import recalibrate, recover
     from metaprune.schedules import train_pruned
+    from metaprune.sensing import sensitivity
     from metaprune.task import Task
     from metaprune.training import Settings, train
 
@@ -32,9 +35,11 @@ __all__ = [
     "MetapruneError",
     "Plan",
     "Pruned",
+    "Sensitivity",
     "Settings",
     "Task",
     "__version__",
+    "additivity",
     "apply",
     "cifar",
     "digits",
@@ -47,6 +52,7 @@ __all__ = [
     "recalibrate",
     "reconstruct",
     "recover",
+    "sensitivity",
     "trace",
     "train",
     "train_pruned",
@@ -54,7 +60,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "metaprune.additive": ("additivity",),
     "metaprune.api": ("Pruned", "apply", "load", "plan", "prune", "trace"),
+    "metaprune.curves": ("Sensitivity",),
     "metaprune.data": ("Batches",),
     "metaprune.datasets": ("cifar", "digits", "fashion_mnist"),
     "metaprune.evaluation": ("evaluate",),
@@ -66,6 +74,7 @@ _HOMES = {
     "metaprune.reconstruction": ("reconstruct",),
     "metaprune.recovery": ("recalibrate", "recover"),
     "metaprune.schedules": ("train_pruned",),
+    "metaprune.sensing": ("sensitivity",),
     "metaprune.task": ("Task",),
     "metaprune.training": ("Settings", "train"),
 }

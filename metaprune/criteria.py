@@ -94,11 +94,17 @@ class Evidence:
 Criterion = Callable[[Group, Evidence], Tensor]
 
 
-def _norm(group: Group, evidence: Evidence, power: int) -> Tensor:
-    """Norm over all slices of each unit, shape [size]. Tensors without values (meta device) count as zero."""
+def energy(group: Group, weights: Weights, power: int = 2) -> Tensor:
+    """Sum of |values|^power over all slices of each unit, shape [size]; without values (meta device) zero."""
     total = torch.zeros(group.size)
-    for part in evidence.weights.of(group):
-        total += evidence.weights.energy(part.tensor, part.dim, power)[torch.from_numpy(part.index)].sum(1)
+    for part in weights.of(group):
+        total += weights.energy(part.tensor, part.dim, power)[torch.from_numpy(part.index)].sum(1)
+    return total
+
+
+def _norm(group: Group, evidence: Evidence, power: int) -> Tensor:
+    """Norm over all slices of each unit, shape [size]."""
+    total = energy(group, evidence.weights, power)
     return total.sqrt() if power == 2 else total
 
 
@@ -130,19 +136,19 @@ def magnitude_plain(group: Group, evidence: Evidence) -> Tensor:
 
 def lamp(group: Group, evidence: Evidence) -> Tensor:
     """LAMP scores of whole units, by their squared norms (see `lamp_scores`)."""
-    return lamp_scores(_norm(group, evidence, 2).square())
+    return lamp_scores(energy(group, evidence.weights))
 
 
-def lamp_scores(energy: Tensor) -> Tensor:
+def lamp_scores(squares: Tensor) -> Tensor:
     """Squared norm over the sum of all squared norms that are not smaller: LAMP, Lee et al. (ICLR 2021), eq. 2.
 
     Args:
-        energy: Squared norms of the units, or squared weights of a layer, shape [size].
+        squares: Squared norms of the units, or squared weights of a layer, shape [size].
     """
-    order = torch.argsort(energy, stable=True)
-    rest = energy[order].flip(0).cumsum(0).flip(0)
-    score = torch.empty_like(energy)
-    score[order] = energy[order] / rest.clamp_min(1e-30)
+    order = torch.argsort(squares, stable=True)
+    rest = squares[order].flip(0).cumsum(0).flip(0)
+    score = torch.empty_like(squares)
+    score[order] = squares[order] / rest.clamp_min(1e-30)
     return score
 
 

@@ -79,13 +79,11 @@ def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0, per_
         OptionError: No data, or data that do not fit the network.
         MetapruneError: The loss or a gradient is not finite.
     """
-    free = [group for group in graph.groups if not group.pinned]
     generator = torch.Generator().manual_seed(seed)
-    reference = next((v for v in graph.values.values() if v.is_floating_point()), torch.zeros(()))
-    ones = {g.name: torch.ones(g.size, dtype=reference.dtype, device=reference.device) for g in free}
+    ones = open_gates(graph)
     totals = {name: torch.zeros(3, len(one), dtype=torch.float64) for name, one in ones.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in ones}
-    leaves, size = leaves_of(graph, data, samples, seed), _chunk(graph)
+    leaves, size = leaves_of(graph, data, samples, seed), chunk_size(graph)
     count = len(leaves)
     for first in range(0, count, size):
         chunk = leaves[first : first + size]
@@ -112,7 +110,35 @@ def collect_second_moments(graph: Graph, data: Any, samples: int = SAMPLES, seed
     return Statistics({}, next((found.samples for found in columns.values()), 0), columns)
 
 
-def _chunk(graph: Graph) -> int:
+def open_gates(graph: Graph) -> dict[str, Tensor]:
+    """Ones for the units of all groups that are not pinned, shape [size] by group, as the network's tensors are."""
+    reference = next((v for v in graph.values.values() if v.is_floating_point()), torch.zeros(()))
+    free = [group for group in graph.groups if not group.pinned]
+    return {group.name: reference.new_ones(group.size) for group in free}
+
+
+def gated_outputs(graph: Graph, chunk: Sequence[Leaves], gates: Mapping[str, Tensor], first: int) -> list[list[Tensor]]:
+    """The floating-point outputs of each sample under gates of its own.
+
+    Args:
+        graph: The network.
+        chunk: Samples of batch one.
+        gates: Shape [samples, size] by group.
+        first: Number of the first sample, for messages.
+
+    Raises:
+        MetapruneError: An output is not finite.
+    """
+    results = _run_together(graph, chunk, gates)
+    if results is None:
+        results = [_run_one(graph, leaves, {k: g[i] for k, g in gates.items()}) for i, leaves in enumerate(chunk)]
+    for number, outputs in enumerate(results, first):
+        if not all(bool(torch.isfinite(output).all()) for output in outputs):
+            raise MetapruneError(f"data: the network's output for sample {number} is not finite")
+    return results
+
+
+def chunk_size(graph: Graph) -> int:
     """Samples that are looked at together: as many as keep their activations within bounds."""
     metas = [node.meta for node in graph.nodes.values() if node.op != "tensor" and isinstance(node.meta, Meta)]
     traced = max((meta.shape[0] for meta in metas if meta.batched[:1] == (True,)), default=1)
@@ -125,14 +151,7 @@ def _gate_gradients(
 ) -> dict[str, Tensor]:
     """The gradient of each sample's loss by each gate, shape [samples, size] by group."""
     gates = {name: one.expand(len(chunk), -1).clone().requires_grad_() for name, one in ones.items()}
-    results = _run_together(graph, chunk, gates)
-    if results is None:
-        results = [_run_one(graph, leaves, {k: g[i] for k, g in gates.items()}) for i, leaves in enumerate(chunk)]
-    losses = []
-    for number, outputs in enumerate(results, first):
-        if not all(bool(torch.isfinite(output).all()) for output in outputs):
-            raise MetapruneError(f"data: the network's output for sample {number} is not finite")
-        losses.append(_loss(outputs, generator))
+    losses = [_loss(outputs, generator) for outputs in gated_outputs(graph, chunk, gates, first)]
     if not gates:
         return {}
     found = torch.autograd.grad(torch.stack(losses).sum(), list(gates.values()), allow_unused=True)
