@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from metaprune.reconstruction import reconstruct
     from metaprune.recovery import recalibrate, recover
     from metaprune.schedules import train_pruned
+    from metaprune.sparse import Sparse
+    from metaprune.sparsification import sparsify
     from metaprune.task import Task
     from metaprune.training import Settings, train
 
@@ -33,6 +35,7 @@ __all__ = [
     "Plan",
     "Pruned",
     "Settings",
+    "Sparse",
     "Task",
     "__version__",
     "apply",
@@ -47,6 +50,7 @@ __all__ = [
     "recalibrate",
     "reconstruct",
     "recover",
+    "sparsify",
     "trace",
     "train",
     "train_pruned",
@@ -66,6 +70,8 @@ _HOMES = {
     "metaprune.reconstruction": ("reconstruct",),
     "metaprune.recovery": ("recalibrate", "recover"),
     "metaprune.schedules": ("train_pruned",),
+    "metaprune.sparse": ("Sparse",),
+    "metaprune.sparsification": ("sparsify",),
     "metaprune.task": ("Task",),
     "metaprune.training": ("Settings", "train"),
 }
