@@ -23,7 +23,7 @@ from metaprune.graphs.execute import call
 from metaprune.graphs.ir import Graph, Meta
 
 MEMORY = 1 << 30
-_CHUNK = 64
+_CHUNK = 256
 
 
 class Magnitudes:
@@ -89,7 +89,7 @@ class _Error:
 
     def add(self, errors: Tensor) -> None:
         """Takes in errors of shape [samples]."""
-        errors = errors.nan_to_num(nan=torch.inf)
+        errors = errors.nan_to_num(nan=torch.inf, posinf=torch.inf)
         self._sum += float(errors.sum())
         self._count += len(errors)
         self._most = max(self._most, float(errors.max()))
