@@ -45,7 +45,9 @@ def sparsify(
     The method "dp" is layer-adaptive pruning: Xu et al., Efficient Joint Optimization of Layer-Adaptive Weight Pruning
     (ICCV 2023, arXiv 2308.10438). The error that each layer's pruning makes in the network's outputs is measured at
     equal steps of its sparsity, by itself. To first order the errors of layers add up, so what each layer keeps is a
-    knapsack problem (eq. 6), which is solved exactly here, or with a stated gap.
+    knapsack problem, which is solved exactly here, or with a stated gap. The sum holds while errors are small; where
+    it does not, `provenance["predicted"]` and the measured distortion part, and rankings by magnitude choose better.
+    The paper prunes a fifth of the weights at a time for that reason, and trains in between (see `Sparse.held`).
 
     Args:
         model: The network, as for `metaprune.trace`, or a `Graph`; it is not changed.
