@@ -46,7 +46,7 @@ def sparsify(
     (ICCV 2023, arXiv 2308.10438). The error that each layer's pruning makes in the network's outputs is measured at
     equal steps of its sparsity, by itself. To first order the errors of layers add up, so what each layer keeps is a
     knapsack problem, which is solved exactly here, or with a stated gap. The sum holds while errors are small; where
-    it does not, `provenance["predicted"]` and the measured distortion part, and rankings by magnitude choose better.
+    it does not, `provenance["predicted"]` and the measured distortion part, and rankings by magnitude can be better.
     The paper prunes a fifth of the weights at a time for that reason, and trains in between (see `Sparse.held`).
 
     Args:
