@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from metaprune.recovery import recalibrate, recover
     from metaprune.schedules import train_pruned
     from metaprune.sensing import sensitivity
+    from metaprune.sparse import Sparse
+    from metaprune.sparsification import sparsify
     from metaprune.task import Task
     from metaprune.training import Settings, train
 
@@ -37,6 +39,7 @@ __all__ = [
     "Pruned",
     "Sensitivity",
     "Settings",
+    "Sparse",
     "Task",
     "__version__",
     "additivity",
@@ -53,6 +56,7 @@ __all__ = [
     "reconstruct",
     "recover",
     "sensitivity",
+    "sparsify",
     "trace",
     "train",
     "train_pruned",
@@ -75,6 +79,8 @@ _HOMES = {
     "metaprune.recovery": ("recalibrate", "recover"),
     "metaprune.schedules": ("train_pruned",),
     "metaprune.sensing": ("sensitivity",),
+    "metaprune.sparse": ("Sparse",),
+    "metaprune.sparsification": ("sparsify",),
     "metaprune.task": ("Task",),
     "metaprune.training": ("Settings", "train"),
 }
