@@ -20,7 +20,8 @@ from metaprune.graphs.trace import trace
 from metaprune.graphs.weights import linear_weights
 from metaprune.rate_distortion import Magnitudes, distortion_curves, joint_distortion
 from metaprune.search.densities import erdos_renyi, leaving, left, spread
-from metaprune.search.knapsack import Solution, knapsack
+from metaprune.search.dynamic import dynamic
+from metaprune.search.instance import Instance, Limit, Solution
 from metaprune.sparse import Sparse, write_zeros
 
 SAMPLES = 256
@@ -82,7 +83,7 @@ def sparsify(
     if method == "dp":
         assert leaves is not None
         kept, solved = _by_distortion(graph, names, capacity, leaves, levels, worst_case)
-        about |= {"levels": levels, "predicted": solved.value, "gap": solved.gap, "optimal": solved.gap == 0}
+        about |= {"levels": levels, "predicted": solved.harm, "gap": solved.gap, "optimal": solved.gap == 0}
     else:
         kept = METHODS[method](weights, capacity)
     masks = {name: Magnitudes(weight).mask(k) for name, weight, k in zip(names, weights, kept.tolist(), strict=True)}
@@ -113,8 +114,12 @@ def _by_distortion(
         counts[name] = np.unique(size - np.round(np.linspace(0, 1, levels) * size).astype(np.int64))
     with torch.no_grad():
         curves = distortion_curves(graph, {n: c.tolist() for n, c in counts.items()}, leaves, worst_case)
-    solved = knapsack([counts[name] for name in names], [curves[name] for name in names], capacity)
-    return np.array([counts[name][j] for name, j in zip(names, solved.choice, strict=True)]), solved
+    finite = [np.isfinite(curves[name]) for name in names]  # where an output is not a number, no plan may be
+    options = [counts[name][mask] for name, mask in zip(names, finite, strict=True)]
+    harms = [curves[name][mask] for name, mask in zip(names, finite, strict=True)]
+    weights = Limit("weights", {(number,): 1.0 for number in range(len(names))}, max(float(capacity), 1e-30))
+    solved = dynamic(Instance(options, harms, [weights]))
+    return np.array([option[j] for option, j in zip(options, solved.choice, strict=True)]), solved
 
 
 def _sizes(weights: Sequence[Tensor]) -> Kept:
