@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from metaprune.data import Batches
     from metaprune.datasets import cifar, digits, fashion_mnist
     from metaprune.evaluation import evaluate
+    from metaprune.exploration import explore
     from metaprune.graphs.certificate import Certificate
     from metaprune.graphs.errors import BudgetInfeasible, MetapruneError
     from metaprune.graphs.plan import Plan
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from metaprune.reconstruction import reconstruct
     from metaprune.recovery import recalibrate, recover
     from metaprune.schedules import train_pruned
+    from metaprune.search.front import Front
+    from metaprune.search.space import SearchSpace
     from metaprune.task import Task
     from metaprune.training import Settings, train
 
@@ -29,9 +32,11 @@ __all__ = [
     "Batches",
     "BudgetInfeasible",
     "Certificate",
+    "Front",
     "MetapruneError",
     "Plan",
     "Pruned",
+    "SearchSpace",
     "Settings",
     "Task",
     "__version__",
@@ -39,6 +44,7 @@ __all__ = [
     "cifar",
     "digits",
     "evaluate",
+    "explore",
     "fashion_mnist",
     "load",
     "obs_update",
@@ -58,6 +64,7 @@ _HOMES = {
     "metaprune.data": ("Batches",),
     "metaprune.datasets": ("cifar", "digits", "fashion_mnist"),
     "metaprune.evaluation": ("evaluate",),
+    "metaprune.exploration": ("explore",),
     "metaprune.graphs.certificate": ("Certificate",),
     "metaprune.graphs.errors": ("BudgetInfeasible", "MetapruneError"),
     "metaprune.graphs.plan": ("Plan",),
@@ -66,6 +73,8 @@ _HOMES = {
     "metaprune.reconstruction": ("reconstruct",),
     "metaprune.recovery": ("recalibrate", "recover"),
     "metaprune.schedules": ("train_pruned",),
+    "metaprune.search.front": ("Front",),
+    "metaprune.search.space": ("SearchSpace",),
     "metaprune.task": ("Task",),
     "metaprune.training": ("Settings", "train"),
 }
