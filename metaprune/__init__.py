@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from metaprune.recovery import recalibrate, recover
     from metaprune.schedules import train_pruned
     from metaprune.search.front import Front
-    from metaprune.search.space import SearchSpace
     from metaprune.task import Task
     from metaprune.training import Settings, train
 
@@ -36,7 +35,6 @@ __all__ = [
     "MetapruneError",
     "Plan",
     "Pruned",
-    "SearchSpace",
     "Settings",
     "Task",
     "__version__",
@@ -74,7 +72,6 @@ _HOMES = {
     "metaprune.recovery": ("recalibrate", "recover"),
     "metaprune.schedules": ("train_pruned",),
     "metaprune.search.front": ("Front",),
-    "metaprune.search.space": ("SearchSpace",),
     "metaprune.task": ("Task",),
     "metaprune.training": ("Settings", "train"),
 }

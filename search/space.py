@@ -173,8 +173,8 @@ class SearchSpace:
     def repair(self, configs: ArrayLike, budget: Budget | None) -> Configs:
         """Configurations brought within a budget, never over it; those that are within it stay as they are.
 
-        All levels of a configuration are lowered in proportion until it fits; then single levels are given back where
-        they still fit, those first that lost most by rounding.
+        All levels of a configuration are lowered in proportion until it fits; then single levels are given back, those
+        first that lost most by rounding, until no single one that was wanted still fits.
 
         Raises:
             BudgetInfeasible: Nothing is within the budget.
@@ -195,13 +195,16 @@ class SearchSpace:
             low, high = np.where(fits, middle, low), np.where(fits, high, middle)
         exact = wanted * low[:, None]
         found = np.floor(exact).astype(np.int64)
+        order = np.argsort(found - exact, axis=1, kind="stable").T  # [variables, configurations]
         rows = np.arange(len(wanted))
-        for column in np.argsort(found - exact, axis=1, kind="stable").T:
-            more = found.copy()
-            more[rows, column] = np.minimum(more[rows, column] + 1, wanted[rows, column])
-            fits = self.excess(more, budget) <= 1
-            found = np.where(fits[:, None], more, found)
-        return found
+        while True:
+            before = found
+            for column in order:
+                more = found.copy()
+                more[rows, column] = np.minimum(more[rows, column] + 1, wanted[rows, column])
+                found = np.where((self.excess(more, budget) <= 1)[:, None], more, found)
+            if (found == before).all():
+                return found
 
     def sample(self, generator: np.random.Generator, count: int, budget: Budget | None = None) -> Configs:
         """Random configurations whose costs cover the whole range instead of its middle.
