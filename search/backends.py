@@ -26,7 +26,8 @@ class Run(Protocol):
             budget: What every configuration that is evaluated must be within; it can be met.
             seed: Of every random choice. Equal arguments give equal fronts to the bit; nothing but the evaluator's
                 answers, such as the time or what a ledger holds already, may change the way a search takes.
-            init: Configurations to start from, within the budget, shape [n, variables]; n may be 0.
+            init: Configurations to start from, within the budget, shape [n, variables]; n may be 0. They are
+                evaluated, as far as evaluations go, so that a front is never worse than its start.
         """
 
 

@@ -129,6 +129,9 @@ def test_a_front_is_never_worse_than_its_start(backend: str) -> None:
     start = SEPARABLE.evaluator(6)
     start(_diagonal(SEPARABLE.space, 6))
     assert run(SEPARABLE, backend, 100, init=6).hypervolume() >= start.front().hypervolume() > 0.5
+    evaluate, init = SEPARABLE.evaluator(100), _diagonal(SEPARABLE.space, 6)
+    find(backend)(SEPARABLE.space, evaluate, None, 0, init)
+    assert all(map(evaluate.known, init))
 
 
 def test_a_front_goes_through_json_and_back(backend: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from zlib import crc32
 
@@ -102,18 +103,26 @@ def test_a_ledger_gives_back_every_bit_and_spares_the_work(tmp_path: Path) -> No
     assert path.read_bytes() == again
 
 
-def test_a_result_is_on_the_disk_before_the_next_is_measured(tmp_path: Path) -> None:
+def test_a_result_is_on_the_disk_before_the_next_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "ledger.jsonl"
-    seen: list[int] = []
+    seen: list[tuple[int, int]] = []
+    synced: list[int] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(handle)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
 
     class Looking(Counting):
         def __call__(self, config: NDArray[np.int64], fidelity: Fidelity) -> Result:
-            seen.append(path.read_bytes().count(b"\n"))
+            seen.append((path.read_bytes().count(b"\n"), len(synced)))
             return super().__call__(config, fidelity)
 
     with Ledger(path, {}) as ledger:
         _evaluator(Looking(), ledger=ledger)([[0, 0, 0], [1, 1, 1], [2, 2, 2]])
-    assert seen == [1, 2, 3]
+    assert seen == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_a_ledger_cut_at_any_byte_holds_the_whole_lines(tmp_path: Path) -> None:
