@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from metaprune.data import Batches
     from metaprune.datasets import cifar, digits, fashion_mnist
     from metaprune.evaluation import evaluate
+    from metaprune.exploration import explore
     from metaprune.graphs.certificate import Certificate
     from metaprune.graphs.errors import BudgetInfeasible, MetapruneError
     from metaprune.graphs.plan import Plan
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from metaprune.reconstruction import reconstruct
     from metaprune.recovery import recalibrate, recover
     from metaprune.schedules import train_pruned
+    from metaprune.search.front import Front
     from metaprune.sensing import sensitivity
     from metaprune.sparse import Sparse
     from metaprune.sparsification import sparsify
@@ -34,6 +36,7 @@ __all__ = [
     "Batches",
     "BudgetInfeasible",
     "Certificate",
+    "Front",
     "MetapruneError",
     "Plan",
     "Pruned",
@@ -47,6 +50,7 @@ __all__ = [
     "cifar",
     "digits",
     "evaluate",
+    "explore",
     "fashion_mnist",
     "load",
     "obs_update",
@@ -70,6 +74,7 @@ _HOMES = {
     "metaprune.data": ("Batches",),
     "metaprune.datasets": ("cifar", "digits", "fashion_mnist"),
     "metaprune.evaluation": ("evaluate",),
+    "metaprune.exploration": ("explore",),
     "metaprune.graphs.certificate": ("Certificate",),
     "metaprune.graphs.errors": ("BudgetInfeasible", "MetapruneError"),
     "metaprune.graphs.plan": ("Plan",),
@@ -81,6 +86,7 @@ _HOMES = {
     "metaprune.sensing": ("sensitivity",),
     "metaprune.sparse": ("Sparse",),
     "metaprune.sparsification": ("sparsify",),
+    "metaprune.search.front": ("Front",),
     "metaprune.task": ("Task",),
     "metaprune.training": ("Settings", "train"),
 }

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +26,7 @@ from metaprune import demo as demonstration
 from metaprune import targets
 from metaprune.graphs.ir import Graph
 from metaprune.search.allocate import ALLOCATORS
+from metaprune.training import Progress as Report
 
 _ALLOCATORS = ", ".join(ALLOCATORS)
 app = typer.Typer(
@@ -39,6 +41,7 @@ Target = Annotated[str, typer.Argument(help="MODULE:FUNCTION returning (model, i
 Protect = Annotated[list[str] | None, typer.Option(help="Keep these groups or tensors whole (glob, repeatable).")]
 Only = Annotated[list[str] | None, typer.Option(help="Prune these groups or tensors only (glob, repeatable).")]
 Kinds = Annotated[str | None, typer.Option(help="Prune these kinds only, for instance heads,ffn.")]
+RoundTo = Annotated[int, typer.Option(min=1, help="Keep multiples of this many units.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
@@ -88,7 +91,7 @@ def prune(
     protect: Protect = None,
     only: Only = None,
     kinds: Kinds = None,
-    round_to: Annotated[int, typer.Option(min=1, help="Keep multiples of this many units.")] = 1,
+    round_to: RoundTo = 1,
     seed: Seed = 0,
     certify: Annotated[bool, typer.Option(help="Prove the result equal to the masked network.")] = True,
     as_json: AsJson = False,
@@ -110,6 +113,45 @@ def prune(
         )
         pruned.save(out)
         _report(pruned, out, as_json)
+
+
+@app.command()
+def explore(
+    target: Annotated[
+        str, typer.Argument(help="MODULE:FUNCTION returning a Task; with --noise also what prune accepts.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder of the search, to go on from.", file_okay=False)] = None,
+    backend: Annotated[str, typer.Option(help="How networks are looked for.")] = "random",
+    objectives: Annotated[str | None, typer.Option(help="What is to be small, for instance error,macs.")] = None,
+    evaluations: Annotated[int, typer.Option(help="Networks that may be judged.")] = 100,
+    budget: Annotated[str | None, typer.Option(help="What all of them are within: macs=0.5, params=0.3, ...")] = None,
+    noise: Annotated[bool, typer.Option("--noise", help="Judge by the outputs for noise, without any data.")] = False,
+    protect: Protect = None,
+    only: Only = None,
+    kinds: Kinds = None,
+    round_to: RoundTo = 1,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Search for the best trade-offs between what a pruned network is worth and what it costs."""
+    with _errors_in_one_line(debug), _bar() as bar:
+        front = mp.explore(
+            mp.trace(*_network(target)) if noise else targets.task(target),
+            backend=backend,
+            objectives=objectives.split(",") if objectives else None,
+            evaluations=evaluations,
+            budget=budget,
+            out=out,
+            seed=seed,
+            data="noise" if noise else None,
+            protect=protect or (),
+            only=only or (),
+            kinds=kinds.split(",") if kinds else None,
+            round_to=round_to,
+            progress=bar,
+        )
+    _report_front(front, out, as_json)
 
 
 def main() -> None:
@@ -182,6 +224,37 @@ def _report(pruned: mp.Pruned, out: Path, as_json: bool) -> None:
     console.print(Text(certificate.summary() if certificate is not None else "not certified"))
     for note in pruned.notes:
         console.print(Text(f"note: {note}"))
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Report]:
+    """A progress bar on standard error, as a function of the steps done and the steps in all."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        row = bar.add_task("evaluations", total=None)
+        yield lambda done, total: bar.update(row, completed=done, total=total)
+
+
+def _report_front(front: mp.Front, out: Path | None, as_json: bool) -> None:
+    rows = [dict(zip(front.objectives, point.objectives, strict=True)) for point in front.points]
+    if as_json:
+        _print_json(
+            {
+                "out": None if out is None else str(out),
+                "evaluations": front.evaluations,
+                "forwards": front.forwards,
+                "hypervolume": front.hypervolume(),
+                "points": [
+                    {"objectives": row, "reached": dict(point.plan.reached)}
+                    for row, point in zip(rows, front.points, strict=True)
+                ],
+            }
+        )
+        return
+    where = "" if out is None else f", saved to {out}"
+    table = Table(*front.objectives, title=f"{len(front)} points of {front.evaluations} evaluations{where}")
+    for row in rows:
+        table.add_row(*(f"{value:.4f}" for value in row.values()))
+    Console().print(table)
 
 
 def _cost(cost: Any) -> dict[str, int]:

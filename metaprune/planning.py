@@ -70,39 +70,19 @@ def make_plan(
     scored = criterion if isinstance(criterion, Scores) else None
     named = criterion.criterion if isinstance(criterion, Scores) else criterion
     criterion, allocator, natural = _resolved(named, allocator, data)
-    if type(round_to) is not int or round_to < 1:
-        raise OptionError(f"round_to: must be a positive whole number, not {round_to!r}")
     if type(seed) is not int:
         raise OptionError(f"seed: must be a whole number, not {seed!r}")
-    protect, only = _patterns("protect", protect), _patterns("only", only)
-    kinds = None if kinds is None else _patterns("kinds", kinds)
+    protect, only = patterns("protect", protect), patterns("only", only)
+    kinds = None if kinds is None else patterns("kinds", kinds)
+    free, step, least = may_shrink(graph, round_to, protect, only, kinds)
     groups = graph.groups
-    known = {group.kind for group in groups}
-    if kinds is not None and not set(kinds) <= known:
-        raise OptionError(f"kinds: {sorted(set(kinds) - known)[0]!r} is none of {', '.join(sorted(known))}")
-    for option, patterns in (("protect", protect), ("only", only)):
-        for pattern in patterns:
-            if not any(_matches(group, (pattern,)) for group in groups):
-                raise OptionError(f"{option}: {pattern!r} matches no group and no tensor")
-    free = [
-        i
-        for i, group in enumerate(groups)
-        if not group.pinned
-        and group.size > group.minimum
-        and not _matches(group, protect)
-        and (not only or _matches(group, only))
-        and (kinds is None or group.kind in kinds)
-    ]
     if scored is None:
         looked_at = data if allocator not in JUDGED or criteria.find(criterion).data else None
         scores, samples = unit_scores(graph, [groups[i] for i in free], criterion, looked_at, seed)
     else:
         scores, samples = [scored.units[groups[i].name] for i in free], scored.samples
-    step = [round_to if groups[i].kind in _COUNTED_IN_STEPS and groups[i].size >= round_to else 1 for i in free]
-    least = [min(max(groups[i].minimum, s if s > 1 else 1), groups[i].size) for i, s in zip(free, step, strict=True)]
     costs = graph.coupling.costs
-    steps, minimum = np.array(step, dtype=np.int64), np.array(least, dtype=np.int64)
-    problem = Problem(costs, free, scores, goal, steps, minimum, seed)
+    problem = Problem(costs, free, scores, goal, step, least, seed)
     if not free:
         check_feasible(problem)
     chosen = Choice("", scores, np.empty(0, dtype=np.int64))
@@ -140,6 +120,42 @@ def make_plan(
 def _losses(judge: Judge, groups: Sequence[Group], scores: Sequence[NDArray[np.float64]], kept: Kept) -> Counts:
     """Distortion of each of several allocations, shape [plans, groups], with units ranked by their scores."""
     return np.array(judge.distortions([Choice("", scores, counts).keep(groups) for counts in kept]))
+
+
+def may_shrink(
+    graph: Graph,
+    round_to: int = 1,
+    protect: Sequence[str] = (),
+    only: Sequence[str] = (),
+    kinds: Sequence[str] | None = None,
+) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the groups that may shrink, the step in which each may, and the least that each must keep.
+
+    Raises:
+        OptionError: An option has no meaning, or names nothing that there is.
+    """
+    if type(round_to) is not int or round_to < 1:
+        raise OptionError(f"round_to: must be a positive whole number, not {round_to!r}")
+    groups = graph.groups
+    known = {group.kind for group in groups}
+    if kinds is not None and not set(kinds) <= known:
+        raise OptionError(f"kinds: {sorted(set(kinds) - known)[0]!r} is none of {', '.join(sorted(known))}")
+    for option, globs in (("protect", protect), ("only", only)):
+        for pattern in globs:
+            if not any(_matches(group, (pattern,)) for group in groups):
+                raise OptionError(f"{option}: {pattern!r} matches no group and no tensor")
+    free = [
+        i
+        for i, group in enumerate(groups)
+        if not group.pinned
+        and group.size > group.minimum
+        and not _matches(group, protect)
+        and (not only or _matches(group, only))
+        and (kinds is None or group.kind in kinds)
+    ]
+    step = [round_to if groups[i].kind in _COUNTED_IN_STEPS and groups[i].size >= round_to else 1 for i in free]
+    least = [min(max(groups[i].minimum, s if s > 1 else 1), groups[i].size) for i, s in zip(free, step, strict=True)]
+    return free, np.array(step, dtype=np.int64), np.array(least, dtype=np.int64)
 
 
 def _resolved(criterion: str | None, allocator: str | None, data: Any) -> tuple[str, str, str]:
@@ -199,7 +215,7 @@ def _fraction(part: float, whole: float) -> float:
     return float(part / whole) if whole else 1.0
 
 
-def _patterns(option: str, value: Iterable[str]) -> tuple[str, ...]:
+def patterns(option: str, value: Iterable[str]) -> tuple[str, ...]:
     """A name or several as a tuple; raises `OptionError` for anything else."""
     found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
     for item in found:

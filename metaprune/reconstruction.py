@@ -83,6 +83,7 @@ class Fit:
         changed: Names of the tensors that were.
         fitted: Number of layers.
         samples: Number of samples they were fitted on.
+        macs: Multiply-adds of the second moments of their columns; the passes through both networks are not in it.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Fit:
         self.values = {name: value.clone() for name, value in values.items()}
         self.changed: set[str] = set()
         self.fitted = 0
+        self.macs = 0.0
         self._graph = cut
         self._needed = rows, rows_per_column
         self._strengths = strengths
@@ -172,6 +174,7 @@ class Fit:
                 return None
             made[number % _FOLDS == _FOLDS - 1].add(columns, wishes)
         total = made[0] + made[1]
+        self.macs += total.rows * (total.gram.numel() + total.cross.numel())
         if not bool(torch.isfinite(total.gram).all() and torch.isfinite(total.energy).all()):
             raise MetapruneError(f"reconstruct: values around {layer.node} are not finite")
         return made[0], made[1]

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaprune.calibration import Unlabelled
+from metaprune.calibration import Leaves, Unlabelled
 from metaprune.compensation import absorb, match_moments
 from metaprune.data import Inputs, Loader
 from metaprune.evaluation import called, device_of, evaluating, predict
 from metaprune.features import Features
 from metaprune.graphs.errors import OptionError
+from metaprune.graphs.execute import execute
+from metaprune.graphs.ir import Graph
 from metaprune.imitation import imitate
 from metaprune.losses import decoupled_distillation, distillation, standardised_distillation
 from metaprune.reconstruction import reconstruct
@@ -172,7 +174,7 @@ def recalibrate(model: nn.Module, loader: Loader, samples: int = 4096) -> int:
     Returns:
         Number of normalisations that were recalibrated; 0 for a network without any.
     """
-    statistics = _BatchStatistics(model)
+    statistics = _BatchStatistics(model.buffers())
     seen = 0
     with evaluating(model), torch.no_grad():
         for inputs, labels in loader:
@@ -185,12 +187,32 @@ def recalibrate(model: nn.Module, loader: Loader, samples: int = 4096) -> int:
     return len(statistics.sums)
 
 
-class _BatchStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs every operator that takes a running mean and variance of the model with the batch's own, and sums them."""
+def recalibrate_values(graph: Graph, values: Mapping[str, Tensor], batches: Iterable[Leaves]) -> int:
+    """Does what `recalibrate` does to the tensors that a graph is run with, in place.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        graph: The network.
+        values: Its tensors, those that are changed of its own.
+        batches: Values of its input nodes; all of them are used.
+
+    Returns:
+        Number of normalisations that were recalibrated.
+    """
+    statistics = _BatchStatistics(values[info.name] for info in graph.tensors.values() if info.kind == "buffer")
+    with torch.no_grad():
+        for batch in batches:
+            with statistics:
+                execute(graph, values, batch)
+        statistics.store()
+    return len(statistics.sums)
+
+
+class _BatchStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs every operator whose running mean is one of some buffers with the batch's own statistics, and sums them."""
+
+    def __init__(self, buffers: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.buffers = {buffer.data_ptr(): buffer for buffer in model.buffers()}
+        self.buffers = {buffer.data_ptr(): buffer for buffer in buffers}
         self.sums: dict[tuple[int, int], tuple[Tensor, Tensor, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

@@ -13,6 +13,7 @@ from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.ir import Meta
 from metaprune.graphs.portable import PortableModule
 from metaprune.graphs.structure import Ref, put_together
+from metaprune.task import Task
 
 
 def build(target: str) -> tuple[nn.Module, Inputs]:
@@ -26,17 +27,18 @@ def build(target: str) -> tuple[nn.Module, Inputs]:
     Raises:
         OptionError: There is no such module or function, it fails, or it returns something else.
     """
-    found = _function(target)
-    try:
-        made = found()
-    except MetapruneError:
-        raise
-    except Exception as error:  # the user's own code may raise anything
-        raise OptionError(f"{target} failed with {type(error).__name__}: {error}") from error
-    match made:
+    match _made(target):
         case (nn.Module() as model, (Tensor() | tuple() | dict()) as inputs):
             return model, inputs
     raise OptionError(f"{target} must return (model, inputs): an nn.Module and a tensor, tuple or dict")
+
+
+def task(target: str) -> Task:
+    """The task that a `module:function` returns; see `build`, as for the errors raised."""
+    made = _made(target)
+    if not isinstance(made, Task):
+        raise OptionError(f"{target} must return a metaprune.Task, not {type(made).__name__}")
+    return made
 
 
 def saved(folder: str) -> tuple[nn.Module, Inputs]:
@@ -56,6 +58,17 @@ def saved(folder: str) -> tuple[nn.Module, Inputs]:
 
     inputs: dict[str, Any] = {name: put_together(value, example) for name, value in kwargs.items()}
     return PortableModule(graph).eval(), inputs or tuple(put_together(value, example) for value in args)
+
+
+def _made(target: str) -> Any:
+    """What a `module:function` returns."""
+    found = _function(target)
+    try:
+        return found()
+    except MetapruneError:
+        raise
+    except Exception as error:  # the user's own code may raise anything
+        raise OptionError(f"{target} failed with {type(error).__name__}: {error}") from error
 
 
 def _function(target: str) -> Callable[[], Any]:
