@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 import metaprune as mp
 from metaprune.cli import app
+from metaprune.distances import distortion
 from metaprune.graphs.errors import BudgetInfeasible, LoadError, OptionError, PlanError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.objectives import OBJECTIVES, Judge
 from metaprune.search.evaluate import Fidelity
-from metaprune.selection import distortion
 from tests.support import digits_search
 
 QUICK: dict[str, Any] = {"evaluations": 4, "samples": 32, "criterion": "magnitude"}
