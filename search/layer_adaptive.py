@@ -46,7 +46,7 @@ def solved(problem: Problem, solver: Solver) -> Kept:
     """
     curves = curves_of(problem)
     least = least_kept(problem)
-    levels = ladder(least, problem.sizes, problem.step)
+    levels = _finite_only(ladder(least, problem.sizes, problem.step), curves)
     first = solver(from_problem(problem, curves, levels))
     problem.record.update(
         harm=first.harm, bound=first.bound if np.isfinite(first.bound) else None, gap=_finite(first.gap), by=first.notes
@@ -55,7 +55,7 @@ def solved(problem: Problem, solver: Solver) -> Kept:
     while any(len(lv) > 1 and int(np.diff(lv).max()) > s for lv, s in zip(levels, problem.step, strict=True)):
         lower = [lv[max(0, i - 1)] for lv, i in zip(levels, first.choice, strict=True)]
         upper = [lv[min(len(lv) - 1, i + 1)] for lv, i in zip(levels, first.choice, strict=True)]
-        levels = ladder(np.array(lower), np.array(upper), problem.step, with_=kept)
+        levels = _finite_only(ladder(np.array(lower), np.array(upper), problem.step, with_=kept), curves)
         first = solver(from_problem(problem, curves, levels))
         kept = _at(levels, first)
     last = np.array([c[k] - c[min(k + 1, len(c) - 1)] for c, k in zip(curves, kept.tolist(), strict=True)])
@@ -85,6 +85,11 @@ def ladder(least: Kept, most: Kept, step: Kept, with_: Kept | None = None) -> li
         given = [] if with_ is None else [int(with_[group])]
         found.append(np.array(sorted({low, high, *inside, *given}), dtype=np.int64))
     return found
+
+
+def _finite_only(levels: Sequence[Kept], curves: Sequence[Counts]) -> list[Kept]:
+    """Kept counts at which the network gives numbers."""
+    return [lv[np.isfinite(curve[lv])] for lv, curve in zip(levels, curves, strict=True)]
 
 
 def _at(levels: Sequence[Kept], solution: Solution) -> Kept:
