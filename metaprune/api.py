@@ -112,8 +112,8 @@ def plan(
             (that fraction of every group). A cost is never exceeded and falls short by at most 2 % or one unit.
         criterion: How units are scored; see `metaprune.criteria.CRITERIA`. By default `"fisher_block"` when there are
             data, else `"magnitude"`. Or curves of `metaprune.sensitivity`, which also say how units are ranked;
-            allocators that work on curves measure them where there are data and no criterion is named, and add up
-            the scores of units for one that is.
+            allocators that work on curves find them, by method `"one_pass"`, where there are data and no criterion
+            is named, and add up the scores of units for one that is.
         allocator: How many units each group keeps: `"uniform"`, `"global"`, `"sap"` (more is taken from groups whose
             scores are uneven), `"cost"` (importance removed per cost removed, for scores that add up), `"erk"`,
             `"lamp"` and `"precrop"` (after densities of layers, see `metaprune.search.baselines`), `"random"`; by

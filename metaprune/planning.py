@@ -25,11 +25,16 @@ from metaprune.search.budget import COSTS, Budget
 from metaprune.search.problem import Counts, Kept, Problem, check_feasible
 from metaprune.selection import Choice, around, nearest
 from metaprune.sensing import sensitivity
+from metaprune.tables import ONE_PASS
 
 JUDGED = (MEASURED, "spdy")
 """Allocators that measure pruned networks."""
 CURVED = ("dp", "milp", "lagrange", "spdy")
-"""Allocators that work on curves, which are measured where there are data and no criterion is named."""
+"""Allocators that work on curves, which are found where there are data and no criterion is named.
+
+They are those to second order: what is measured of one group alone can grow no further once the outputs are spoilt, so
+that at low budgets some group seems to be for free.
+"""
 
 _COUNTED_IN_STEPS = ("channels", "residual", "ffn", "hidden", "other")
 
@@ -121,7 +126,7 @@ def _ranked(
         return criterion
     name = default_criterion(criterion, data)
     if criterion is None and data is not None and allocator in CURVED:
-        return Scores.of(sensitivity(graph, data, name, seed=seed))
+        return Scores.of(sensitivity(graph, data, name, method=ONE_PASS, seed=seed))
     looked_at = data if allocator not in JUDGED or criteria.find(name).data else None
     values, samples = unit_scores(graph, groups, name, looked_at, seed)
     return Scores(name, {group.name: value for group, value in zip(groups, values, strict=True)}, samples)
