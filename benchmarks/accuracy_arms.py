@@ -32,7 +32,7 @@ def _planned(criterion: str, allocator: str, least_squares: bool = False) -> Arm
             pruned = mp.reconstruct(pruned, case.calibration, seed=case.seed)
         else:
             mp.recalibrate(pruned.module, case.calibration)
-        return _made(pruned)
+        return handed_back(pruned)
 
     return arm
 
@@ -45,18 +45,19 @@ def _obspa(noise: bool) -> Arm:
         plan = mp.plan(case.graph, f"macs={budget}", "obspa", "global", data, seed=case.seed)
         pruned = mp.obs_update(mp.apply(case.graph, plan), data, SAMPLES, case.seed)
         mp.recalibrate(pruned.module, case.calibration)
-        return _made(pruned)
+        return handed_back(pruned)
 
     return arm
 
 
-def _made(pruned: mp.Pruned) -> Made:
+def handed_back(pruned: mp.Pruned) -> Made:
+    """What an arm hands back for one of our own cuts."""
     return Made(pruned.module, pruned.cost["after"].macs, pruned.cost["after"].params, pruned)
 
 
 def _closed_form(case: Case, budget: float) -> Made:
     """What `metaprune.prune` does by default when it has data."""
-    return _made(mp.prune(case.graph, budget=f"macs={budget}", data=case.calibration, seed=case.seed))
+    return handed_back(mp.prune(case.graph, budget=f"macs={budget}", data=case.calibration, seed=case.seed))
 
 
 CLOSED_FORM = "closed form (default)"

@@ -1,0 +1,138 @@
+"""The same ranking of units under every allocator, without training: which says best how many units each group keeps?
+
+Every arm ranks units by block Fisher and fits the weights that remain by least squares on the same 500 unlabelled
+images; only the kept counts differ. Beside the scores stands how far sums over single groups can be trusted: Kendall's
+tau between them and the joint loss of random plans, and the tau of the joint loss with itself on other samples.
+
+    python benchmarks/allocators.py --part 0/2     # half of the rows; goes on where it was stopped
+    python benchmarks/allocators.py --part 1/2
+    python benchmarks/allocators.py --table        # results/allocators.json and the README's table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy import Plan, measure
+from accuracy_arms import handed_back
+from accuracy_case import Arm, Case, Made, load
+from ledger import read_rows
+from report import provenance, put_table
+
+import metaprune as mp
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "allocators.json"
+DENSE = HERE.parent / "runs" / "accuracy"
+RANKING = "fisher_block"
+
+
+def _allocated(allocator: str, curves: str | None = None) -> Arm:
+    """Counts of an allocator, of a kind of curve where one is named, and units by the one ranking."""
+
+    def arm(case: Case, budget: float) -> Made:
+        data = case.calibration
+        if curves is None:
+            plan = mp.plan(case.graph, f"macs={budget}", RANKING, allocator, data, seed=case.seed)
+        else:
+            found = sensitivity(case, curves)
+            judged = data if allocator == "spdy" else None
+            plan = mp.plan(case.graph, f"macs={budget}", found, allocator, judged, seed=case.seed)
+        return handed_back(mp.reconstruct(mp.apply(case.graph, plan), data, seed=case.seed))
+
+    return arm
+
+
+def sensitivity(case: Case, method: str) -> mp.Sensitivity:
+    """Curves of a case, found once."""
+    key = f"sensitivity {method}"
+    if key not in case.shared:
+        case.shared[key] = mp.sensitivity(case.graph, case.calibration, RANKING, method=method, seed=case.seed)
+    found: mp.Sensitivity = case.shared[key]
+    return found
+
+
+ARMS: dict[str, Arm] = {
+    "random": _allocated("random"),
+    "uniform": _allocated("uniform"),
+    "global": _allocated("global"),
+    "ERK": _allocated("erk"),
+    "LAMP": _allocated("lamp"),
+    "PreCrop": _allocated("precrop"),
+    "cost": _allocated("cost"),
+    "dp, scores": _allocated("dp"),
+    "dp, one-pass curves": _allocated("dp", "one_pass"),
+    "dp, measured curves": _allocated("dp", "measured"),
+    "spdy, one-pass curves": _allocated("spdy", "one_pass"),
+}
+PLAN = Plan(
+    seeds={"ResNet-20": 3, "small VGG": 3},
+    budgets=(0.5, 0.25, 0.125),
+    trained_budgets={},
+    tables={"none": ARMS},
+    load=lambda name, seed, out: load(name, seed, DENSE),
+)
+
+
+def main() -> None:
+    """Measures, or writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", default="0/1", help="this process's share of the seeds: number/of")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "allocators")
+    parser.add_argument("--table", action="store_true", help="only write the table of what is there")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    keys = list(PLAN.rows())
+    if not options.table:
+        measure(PLAN, keys, options.out, *map(int, options.part.split("/")))
+        return
+    rows = [row for row in read_rows(options.out) if tuple(row["key"]) in set(keys)]
+    trust = [trusted(name, seed, method) for name, n in PLAN.seeds.items() for seed in range(n) for method in METHODS]
+    about = provenance("python benchmarks/allocators.py", ("scipy", "pymoo"))
+    RESULTS.write_text(json.dumps({**about, "rows": rows, "trust": trust}, indent=1) + "\n")
+    put_table("allocators", table(rows, trust))
+
+
+METHODS = ("one_pass", "measured")
+
+
+def trusted(name: str, seed: int, method: str) -> dict[str, Any]:
+    """How far the sums of a kind of curve agree with the joint loss."""
+    case = load(name, seed, DENSE)
+    found = mp.additivity(case.graph, sensitivity(case, method), case.calibration, seed=seed)
+    facts = {key: getattr(found, key) for key in ("kind", "ratio", "tau", "ceiling")}
+    return {"network": name, "seed": seed, "method": method, **facts}
+
+
+def table(rows: list[dict[str, Any]], trust: list[dict[str, Any]]) -> str:
+    """Mean scores of each network and budget."""
+    scores: dict[tuple[str, float, str], list[float]] = defaultdict(list)
+    for row in rows:
+        name, _, budget, _, arm = row["key"]
+        scores[name, budget, arm].append(100 * row["score"])
+    cells = [(name, budget) for name in PLAN.seeds for budget in PLAN.budgets]
+    lines = ["| accuracy, no training steps | " + " | ".join(f"{name}, MACs {b:g}" for name, b in cells) + " |"]
+    lines.append("|---" * (len(cells) + 1) + "|")
+    for arm in ARMS:
+        values = [scores[name, budget, arm] for name, budget in cells]
+        lines.append(f"| {arm} | " + " | ".join(f"{statistics.mean(v):.1f}" if v else "-" for v in values) + " |")
+    seeds = {name: len({row["key"][1] for row in rows if row["key"][0] == name}) for name in PLAN.seeds}
+    lines += ["", "Means over " + ", ".join(f"{n} seeds of {name}" for name, n in seeds.items()) + "."]
+    for method in METHODS:
+        own = [t for t in trust if t["method"] == method]
+        tau, ceiling, ratio = (statistics.mean(t[key] for t in own) for key in ("tau", "ceiling", "ratio"))
+        lines.append(
+            f"Sums of {method.replace('_', '-')} curves against the joint loss of 20 random plans: tau {tau:.2f} "
+            f"(ceiling {ceiling:.2f}), joint loss over sum {ratio:.2f}."
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
