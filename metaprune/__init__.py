@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from metaprune.brain_surgeon import obs_update
     from metaprune.data import Batches
     from metaprune.datasets import cifar, digits, fashion_mnist
+    from metaprune.engines import measure_latency
     from metaprune.evaluation import evaluate
     from metaprune.graphs.certificate import Certificate
     from metaprune.graphs.errors import BudgetInfeasible, MetapruneError
     from metaprune.graphs.plan import Plan
+    from metaprune.latency import LatencyTable
     from metaprune.prune_aware import train_tolerant
     from metaprune.reconstruction import reconstruct
     from metaprune.recovery import recalibrate, recover
@@ -29,6 +31,7 @@ __all__ = [
     "Batches",
     "BudgetInfeasible",
     "Certificate",
+    "LatencyTable",
     "MetapruneError",
     "Plan",
     "Pruned",
@@ -41,6 +44,7 @@ __all__ = [
     "evaluate",
     "fashion_mnist",
     "load",
+    "measure_latency",
     "obs_update",
     "plan",
     "prune",
@@ -57,10 +61,12 @@ _HOMES = {
     "metaprune.api": ("Pruned", "apply", "load", "plan", "prune", "trace"),
     "metaprune.data": ("Batches",),
     "metaprune.datasets": ("cifar", "digits", "fashion_mnist"),
+    "metaprune.engines": ("measure_latency",),
     "metaprune.evaluation": ("evaluate",),
     "metaprune.graphs.certificate": ("Certificate",),
     "metaprune.graphs.errors": ("BudgetInfeasible", "MetapruneError"),
     "metaprune.graphs.plan": ("Plan",),
+    "metaprune.latency": ("LatencyTable",),
     "metaprune.brain_surgeon": ("obs_update",),
     "metaprune.prune_aware": ("train_tolerant",),
     "metaprune.reconstruction": ("reconstruct",),

@@ -79,7 +79,7 @@ def inspect(target: Target, as_json: AsJson = False, debug: Debug = False) -> No
 @app.command()
 def prune(
     target: Target,
-    budget: Annotated[str, typer.Option(help="What is kept: macs=0.5, params=0.3, width=0.5, ...")],
+    budget: Annotated[str, typer.Option(help="What is kept: macs=0.5, latency=0.6, width=0.5, ...")],
     out: Annotated[Path, typer.Option(help="Folder for the pruned network.", file_okay=False)],
     criterion: Annotated[str, typer.Option(help="How units are ranked.")] = "magnitude",
     allocator: Annotated[str, typer.Option(help="How the budget is shared among groups.")] = "global",
@@ -87,6 +87,8 @@ def prune(
     only: Only = None,
     kinds: Kinds = None,
     round_to: Annotated[int, typer.Option(min=1, help="Keep multiples of this many units.")] = 1,
+    latency: Annotated[Path | None, typer.Option(help="Table of timed operators; read, and written back.")] = None,
+    engine: Annotated[str, typer.Option(help="What a new table is timed in: torch or onnxruntime.")] = "torch",
     seed: Seed = 0,
     certify: Annotated[bool, typer.Option(help="Prove the result equal to the masked network.")] = True,
     as_json: AsJson = False,
@@ -94,6 +96,7 @@ def prune(
 ) -> None:
     """Prune a network to a budget, certify the cut and save the result."""
     with _errors_in_one_line(debug):
+        table = None if latency is None else _table(latency, engine)
         pruned = mp.prune(
             *_network(target),
             budget=budget,
@@ -105,8 +108,11 @@ def prune(
             round_to=round_to,
             seed=seed,
             certify=certify,
+            latency=table,
         )
         pruned.save(out)
+        if table is not None:
+            table.save()
         _report(pruned, out, as_json)
 
 
@@ -131,6 +137,11 @@ def _errors_in_one_line(debug: bool) -> Iterator[None]:
 def _network(target: str) -> tuple[Any, Any]:
     """Model and example inputs of a target."""
     return targets.saved(target) if Path(target).is_dir() else targets.build(target)
+
+
+def _table(path: Path, engine: str) -> mp.LatencyTable:
+    """The latency table in a file, or a new one for it."""
+    return mp.LatencyTable.load(path) if path.exists() else mp.LatencyTable(engine, path=path)
 
 
 def _groups(graph: Graph) -> list[dict[str, Any]]:

@@ -15,9 +15,10 @@ from metaprune.graphs.errors import OptionError
 from metaprune.graphs.groups import Group
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
+from metaprune.latency import LatencyTable
 from metaprune.search.allocate import MEASURED
 from metaprune.search.allocate import find as find_allocator
-from metaprune.search.budget import COSTS, Budget
+from metaprune.search.budget import Budget
 from metaprune.search.problem import Problem, check_feasible
 from metaprune.selection import Choice, around, nearest
 from metaprune.statistics import collect, collect_second_moments
@@ -59,6 +60,7 @@ def make_plan(
     only: Iterable[str] = (),
     kinds: Sequence[str] | None = None,
     seed: int = 0,
+    latency: LatencyTable | None = None,
 ) -> Plan:
     """See `metaprune.plan`; scores of the units that are there already are given as `criterion`, without data."""
     goal = Budget.parse(budget)
@@ -96,6 +98,10 @@ def make_plan(
     step = [round_to if groups[i].kind in _COUNTED_IN_STEPS and groups[i].size >= round_to else 1 for i in free]
     least = [min(max(groups[i].minimum, s if s > 1 else 1), groups[i].size) for i, s in zip(free, step, strict=True)]
     costs = graph.coupling.costs
+    if latency is None and any(name == "latency" for name, _ in goal.limits):
+        latency = LatencyTable()
+    if latency is not None:
+        costs = costs.extended({"latency": latency.terms(graph, _steps(groups, free, step), seed=seed)})
     problem = Problem(costs, free, scores, goal, np.array(step, dtype=np.int64), np.array(least, dtype=np.int64))
     if not free:
         check_feasible(problem)
@@ -111,7 +117,9 @@ def make_plan(
     keep = chosen.keep([groups[i] for i in free])
     counts = costs.sizes.copy()
     counts[free] = chosen.kept
-    reached = {c: _fraction(costs.evaluate(c, counts[None])[0], costs.evaluate(c, costs.sizes[None])[0]) for c in COSTS}
+    reached = {
+        c: _fraction(costs.evaluate(c, counts[None])[0], costs.evaluate(c, costs.sizes[None])[0]) for c in costs.terms
+    }
     provenance: dict[str, Any] = {
         "criterion": criterion,
         "allocator": allocator,
@@ -124,7 +132,16 @@ def make_plan(
     }
     if losses:
         provenance["measured"] = losses
+    if latency is not None:
+        provenance["latency"] = latency.provenance(graph)
     return Plan(keep, graph.fingerprint, goal.text, reached, provenance)
+
+
+def _steps(groups: Sequence[Group], free: Sequence[int], step: Sequence[int]) -> NDArray[np.int64]:
+    """The step of every group's kept count, shape [groups]; one that stays whole has its size for a step."""
+    steps = np.array([group.size for group in groups], dtype=np.int64)
+    steps[free] = step
+    return steps
 
 
 def _resolved(criterion: str | None, allocator: str | None, data: Any) -> tuple[str, str, str]:
