@@ -37,10 +37,6 @@ class OperatorCall:
     fixed: tuple[bool, ...]
     results: tuple[torch.Tensor, ...]
 
-    def on(self, operands: tuple[torch.Tensor, ...]) -> Any:
-        """What the operator gives for other operands."""
-        return self.bound(operands)()
-
     def bound(self, operands: tuple[torch.Tensor, ...] | None = None) -> Callable[[], Any]:
         """The call as a function without arguments, on these operands or its own."""
         given = self.operands if operands is None else operands

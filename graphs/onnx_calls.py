@@ -23,14 +23,24 @@ def onnx_models(calls: Sequence[OperatorCall]) -> list[bytes]:
     calls are exported together, side by side, and taken apart again: an export costs more than what it exports.
 
     Raises:
-        MetapruneError: The onnx extra is missing, or an operator has no ONNX form.
+        MetapruneError: The onnx extra is missing, or an operator, which is named, has no ONNX form.
     """
+    try:
+        return _exported(calls)
+    except MetapruneError as error:
+        if len(calls) == 1:
+            raise MetapruneError(f"operator {calls[0].op}: {error}") from error
+        half = len(calls) // 2
+        return onnx_models(calls[:half]) + onnx_models(calls[half:])
+
+
+def _exported(calls: Sequence[OperatorCall]) -> list[bytes]:
     # Copies, because one tensor in two places would be exported as one input.
     operands = tuple(operand.detach().clone() for call in calls for operand in call.operands)
     model = exported(_SideBySide(calls).eval(), operands, {}).model_proto
     inputs, outputs = list(model.graph.input), list(model.graph.output)
     if len(inputs) != len(operands) or len(outputs) != sum(len(call.results) for call in calls):
-        raise MetapruneError(f"ONNX export lost operands or results of {', '.join(sorted({c.op for c in calls}))}")
+        raise MetapruneError("the ONNX form has other operands or results")
     parts = _Parts(model)
     found = []
     for call in calls:
@@ -52,7 +62,7 @@ class _SideBySide(nn.Module):
         start = 0
         for call in self._calls:
             end = start + len(call.operands)
-            value = call.on(operands[start:end])
+            value = call.bound(operands[start:end])()
             results += [value] if isinstance(value, torch.Tensor) else [t for t in value if t is not None]
             start = end
         return tuple(results)

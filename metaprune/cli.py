@@ -88,7 +88,7 @@ def prune(
     kinds: Kinds = None,
     round_to: Annotated[int, typer.Option(min=1, help="Keep multiples of this many units.")] = 1,
     latency: Annotated[Path | None, typer.Option(help="Table of timed operators; read, and written back.")] = None,
-    engine: Annotated[str, typer.Option(help="What a new table is timed in: torch or onnxruntime.")] = "torch",
+    engine: Annotated[str | None, typer.Option(help="What operators are timed in: torch or onnxruntime.")] = None,
     seed: Seed = 0,
     certify: Annotated[bool, typer.Option(help="Prove the result equal to the masked network.")] = True,
     as_json: AsJson = False,
@@ -96,7 +96,7 @@ def prune(
 ) -> None:
     """Prune a network to a budget, certify the cut and save the result."""
     with _errors_in_one_line(debug):
-        table = None if latency is None else _table(latency, engine)
+        table = _latency_table(latency, engine)
         pruned = mp.prune(
             *_network(target),
             budget=budget,
@@ -111,7 +111,7 @@ def prune(
             latency=table,
         )
         pruned.save(out)
-        if table is not None:
+        if table is not None and latency is not None:
             table.save()
         _report(pruned, out, as_json)
 
@@ -139,9 +139,13 @@ def _network(target: str) -> tuple[Any, Any]:
     return targets.saved(target) if Path(target).is_dir() else targets.build(target)
 
 
-def _table(path: Path, engine: str) -> mp.LatencyTable:
-    """The latency table in a file, or a new one for it."""
-    return mp.LatencyTable.load(path) if path.exists() else mp.LatencyTable(engine, path=path)
+def _latency_table(path: Path | None, engine: str | None) -> mp.LatencyTable | None:
+    """The table in a file, or a new one; none when neither a file nor an engine is named."""
+    if path is None and engine is None:
+        return None
+    if path is not None and path.exists() and engine is None:
+        return mp.LatencyTable.load(path)
+    return mp.LatencyTable(engine or "torch", path=path)
 
 
 def _groups(graph: Graph) -> list[dict[str, Any]]:

@@ -102,16 +102,19 @@ class _OnnxRuntime:
         options.log_severity_level = 3
         try:
             session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its own classes, made in C++
-            raise MetapruneError(f"onnxruntime does not take the network: {str(error)[:300]}") from error
-        arguments = session.get_inputs()
-        if len(arguments) != len(feeds):
-            raise OptionError(f"inputs: the ONNX network takes {len(arguments)} tensors, not {len(feeds)}")
-        binding = session.io_binding()
-        for argument, tensor in zip(arguments, feeds, strict=True):
-            binding.bind_cpu_input(argument.name, tensor.detach().contiguous().numpy())
-        for output in session.get_outputs():
-            binding.bind_output(output.name)
+            arguments = session.get_inputs()
+            if len(arguments) != len(feeds):
+                raise OptionError(f"inputs: the ONNX network takes {len(arguments)} tensors, not {len(feeds)}")
+            binding = session.io_binding()
+            for argument, tensor in zip(arguments, feeds, strict=True):
+                binding.bind_cpu_input(argument.name, tensor.detach().contiguous().numpy())
+            for output in session.get_outputs():
+                binding.bind_output(output.name)
+            session.run_with_iobinding(binding)
+        except MetapruneError:
+            raise
+        except Exception as error:  # of its own classes, made in C++, or numpy's for a dtype it lacks
+            raise MetapruneError(f"onnxruntime does not run the network: {str(error)[:300]}") from error
         return lambda: session.run_with_iobinding(binding)
 
 
@@ -143,7 +146,7 @@ def measure_latency(
 
     Raises:
         OptionError: An option has no meaning, an ONNX file is to run in torch, or the inputs do not fit the file.
-        MetapruneError: The onnx extra is missing, or the network is not on the CPU or does not run.
+        MetapruneError: The onnx extra is missing, the network is not on the CPU, or onnxruntime does not run it.
     """
     chosen = engine_called(engine, threads)
     if isinstance(network, nn.Module):
@@ -191,12 +194,13 @@ class Machine:
         runtime = _onnxruntime().__version__ if engine == "onnxruntime" else ""
         return Machine(_cpu(), os.cpu_count() or 1, engine, threads, torch.__version__, runtime)
 
-    def check(self, other: Machine, what: str) -> None:
-        """Raises `OptionError` naming the first fact in which another machine differs."""
+    def difference(self, other: Machine) -> str:
+        """The first fact in which another machine differs, in words; empty when there is none."""
         for field in fields(self):
             own, others = getattr(self, field.name), getattr(other, field.name)
             if own != others:
-                raise OptionError(f"{what} was measured with {field.name} {others!r}, here it is {own!r}")
+                return f"{field.name} {others!r} instead of {own!r}"
+        return ""
 
 
 def _bound(module: nn.Module, inputs: Inputs) -> Run:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,7 +21,7 @@ from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.graphs.polynomial import Counts, Size, Term
 from metaprune.graphs.surgery import cut
-from metaprune.latency_fit import Correction, kind_of, operator_terms
+from metaprune.latency_fit import KINDS, Correction, kind_of, operator_terms
 from metaprune.timing import Timing, check_count, timings
 
 Kept: TypeAlias = Plan | Sequence[float] | NDArray[Any]
@@ -56,7 +56,7 @@ class LatencyTable:
         self.times: dict[str, Timing] = {}
         self.corrections: dict[str, Correction] = {}
         if self._path is not None and self._path.exists():
-            self._read(_parsed(self._path), force=False)
+            self._take(_Stored.read(self._path), force=False)
 
     @classmethod
     def load(cls, path: str | Path, force: bool = False) -> LatencyTable:
@@ -71,10 +71,10 @@ class LatencyTable:
             OptionError: The table is of another machine.
             LoadError: The file can not be read or is damaged.
         """
-        body = _parsed(Path(path))
-        table = cls(body["machine"].get("engine"), body["machine"].get("threads"))
+        stored = _Stored.read(Path(path))
+        table = cls(stored.machine.engine, stored.machine.threads)
         table._path = Path(path)
-        table._read(body, force)
+        table._take(stored, force)
         return table
 
     def save(self, path: str | Path | None = None) -> None:
@@ -210,16 +210,43 @@ class LatencyTable:
             for call, timing in zip(some, found, strict=True):
                 self.times[call.key] = Timing(max(timing.seconds - overhead, 0.0), timing.spread)
 
-    def _read(self, body: Mapping[str, Any], force: bool) -> None:
+    def _take(self, stored: _Stored, force: bool) -> None:
+        difference = self.machine.difference(stored.machine)
+        if difference and not force:
+            raise OptionError(f"latency table {self._path} is of another machine: {difference}; see LatencyTable.load")
+        self.machine, self.times, self.corrections = stored.machine, stored.times, stored.corrections
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What a file holds."""
+
+    machine: Machine
+    times: dict[str, Timing]
+    corrections: dict[str, Correction]
+
+    @staticmethod
+    def read(path: Path) -> _Stored:
+        """Reads a file; raises `LoadError`."""
         try:
-            machine = Machine(**body["machine"])
-            times = {key: Timing(**row) for key, row in body["times"].items()}
-            corrections = {network: Correction(**row) for network, row in body["corrections"].items()}
-        except (LookupError, TypeError, AttributeError) as error:
-            raise LoadError(f"latency table {self._path}: damaged: {error}") from None
-        if not force:
-            self.machine.check(machine, f"latency table {self._path}")
-        self.machine, self.times, self.corrections = machine, times, corrections
+            body = json.loads(path.read_text())
+            if body["schema"] != SCHEMA:
+                raise ValueError(f"schema {SCHEMA} is needed")
+            found = _Stored(
+                Machine(**body["machine"]),
+                {key: Timing(**row) for key, row in body["times"].items()},
+                {network: Correction(**row) for network, row in body["corrections"].items()},
+            )
+            numbers = [n for timing in found.times.values() for n in (timing.seconds, timing.spread)]
+            numbers += [
+                n for row in found.corrections.values() for n in (row.intercept, *(row.slopes[k] for k in KINDS))
+            ]
+            if not all(type(n) in (int, float) and 0 <= n < np.inf for n in numbers):
+                raise ValueError("a time is not a positive number")
+            engine_called(found.machine.engine, found.machine.threads)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OptionError, RecursionError) as error:
+            raise LoadError(f"latency table {path} can not be read: {error}") from None
+        return found
 
 
 def random_counts(graph: Graph, plans: int, seed: int, step: NDArray[np.int64] | None = None) -> Counts:
@@ -259,13 +286,3 @@ def _narrowed(graph: Graph, kept: Sequence[float] | NDArray[Any]) -> Incision:
         if count < group.size:
             keep[group.name] = tuple(range(int(count)))
     return cut(graph, keep)
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise LoadError(f"latency table {path} can not be read: {error}") from None
-    if not isinstance(body, dict) or body.get("schema") != SCHEMA or not isinstance(body.get("machine"), dict):
-        raise LoadError(f"latency table {path}: schema {SCHEMA} is needed")
-    return body
