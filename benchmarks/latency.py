@@ -31,7 +31,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "latency.json"
 ENGINES = ("torch", "onnxruntime")
 CALIBRATED_ON, JUDGED_ON, BUDGET = 10, 40, 0.6
 STEPS = 1, 8
-PASSES = 3  # every network is measured so often, in turns; the least counts
+PASSES = 6  # every network is measured so often, in turns; the least counts
 NEAR = 0.15
 
 

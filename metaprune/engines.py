@@ -52,9 +52,9 @@ class _Torch:
         """Functions that run each call alone."""
         return [call.bound() for call in calls]
 
-    def overhead(self) -> float:
-        """Seconds that a call takes more alone than as part of a network: none."""
-        return 0.0
+    def empty(self) -> list[OperatorCall]:
+        """What shows how much more a call takes alone than as part of a network: nothing, it takes the same."""
+        return []
 
     def network(self, graph: Graph, module: nn.Module) -> Run:
         """A function that runs a module of a graph on the traced example, at the caller's batch size."""
@@ -89,11 +89,10 @@ class _OnnxRuntime:
         """An ONNX file on tensors, in the order of its inputs."""
         return self._run(str(path), list(_leaves(inputs)))
 
-    def overhead(self) -> float:
-        """Seconds that a call takes more alone than as part of a network: those of a model that computes one number."""
+    def empty(self) -> list[OperatorCall]:
+        """What shows how much more a call takes alone than as part of a network: a model that computes one number."""
         one = torch.ones(1)
-        runs = self.operators([OperatorCall("", "aten.neg.default", (Ref("0"),), {}, (one,), (False,), (one,))])
-        return timings(runs, self._threads)[0].seconds
+        return [OperatorCall("", "aten.neg.default", (Ref("0"),), {}, (one,), (False,), (one,))]
 
     def _run(self, model: bytes | str, feeds: Sequence[Tensor]) -> Run:
         runtime = _onnxruntime()

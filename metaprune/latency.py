@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaprune.engines import Machine, check_on_cpu, engine_called, module_of
-from metaprune.graphs.calls import OperatorCall, calls
-from metaprune.graphs.errors import LoadError, OptionError
+from metaprune.graphs.calls import OperatorCall, callers_example, calls
+from metaprune.graphs.errors import LoadError, OptionError, PlanError
 from metaprune.graphs.files import write_atomically
 from metaprune.graphs.incision import Incision
 from metaprune.graphs.ir import Graph
@@ -27,6 +27,7 @@ from metaprune.timing import Timing, check_count, timings
 Kept: TypeAlias = Plan | Sequence[float] | NDArray[Any]
 SCHEMA = 1
 _TOGETHER = 256  # operators that take turns
+_ROUNDS = 15  # in which a whole network is measured: there are few of them, and all else hangs on them
 _LEAST, _FASTEST = 0.15, 1e-9  # width of the narrowest random plan; seconds below which an operator counts as free
 
 
@@ -41,7 +42,7 @@ class LatencyTable:
     Attributes:
         machine: What the times hold for.
         times: What was measured, by a description of the call.
-        corrections: What `calibrate` found, by fingerprint of the network.
+        corrections: What `calibrate` found, by `network_key`.
 
     Raises:
         OptionError: An option has no meaning, or the file is of another machine.
@@ -124,12 +125,12 @@ class LatencyTable:
             PlanError: A plan does not fit.
             MetapruneError: See `measure`.
         """
-        cuts = [cut(graph, plan.keep) if isinstance(plan, Plan) else _narrowed(graph, plan) for plan in plans]
+        cuts = [_planned(graph, plan) if isinstance(plan, Plan) else _narrowed(graph, plan) for plan in plans]
         return [self.correction(graph).total(sums) for sums in self._sums(cuts)]
 
     def correction(self, graph: Graph) -> Correction:
         """The correction of a network, none if it was not calibrated."""
-        return self.corrections.get(graph.fingerprint, Correction())
+        return self.corrections.get(network_key(graph), Correction())
 
     def calibrate(self, graph: Graph, plans: int = 10, seed: int = 0) -> Correction:
         """Measures the network and random cuts of it end to end and fits the correction of their operators' sum.
@@ -150,8 +151,8 @@ class LatencyTable:
         cuts = [_narrowed(graph, counts) for counts in random_counts(graph, plans, seed)]
         sums = self._sums(cuts)
         runs = [self._engine.network(incision.graph, module_of(graph, incision)) for incision in cuts]
-        measured = [timing.seconds for timing in timings(runs, self.machine.threads, rounds=5)]
-        found = self.corrections[graph.fingerprint] = Correction.fitted(sums, measured)
+        measured = [timing.seconds for timing in timings(runs, self.machine.threads, _ROUNDS)]
+        found = self.corrections[network_key(graph)] = Correction.fitted(sums, measured)
         return found
 
     def terms(self, graph: Graph, step: NDArray[np.int64] | None = None, plans: int = 9, seed: int = 0) -> list[Term]:
@@ -184,7 +185,7 @@ class LatencyTable:
 
     def provenance(self, graph: Graph) -> dict[str, Any]:
         """Where latencies of a network come from, for a plan: the machine, and whether their sum was calibrated."""
-        return {**asdict(self.machine), "calibrated": graph.fingerprint in self.corrections}
+        return {**asdict(self.machine), "calibrated": network_key(graph) in self.corrections}
 
     def _calls(self, graph: Graph) -> list[OperatorCall]:
         for value in graph.values.values():
@@ -204,10 +205,10 @@ class LatencyTable:
     def _time(self, missing: Sequence[OperatorCall]) -> None:
         """Measures calls and adds them to the table."""
         for start in range(0, len(missing), _TOGETHER):
-            some = missing[start : start + _TOGETHER]
-            found = timings(self._engine.operators(some), self.machine.threads)
-            overhead = self._engine.overhead()
-            for call, timing in zip(some, found, strict=True):
+            some, empty = missing[start : start + _TOGETHER], self._engine.empty()
+            found = timings(self._engine.operators([*some, *empty]), self.machine.threads)
+            overhead = found[-1].seconds if empty else 0.0
+            for call, timing in zip(some, found[: len(some)], strict=True):
                 self.times[call.key] = Timing(max(timing.seconds - overhead, 0.0), timing.spread)
 
     def _take(self, stored: _Stored, force: bool) -> None:
@@ -272,6 +273,17 @@ def random_counts(graph: Graph, plans: int, seed: int, step: NDArray[np.int64] |
     widths[0] = 1.0
     whole = np.round(widths * sizes / steps) * steps
     return np.clip(whole, np.minimum(np.maximum(least, steps), sizes), sizes).astype(float)
+
+
+def network_key(graph: Graph) -> str:
+    """What a correction belongs to: a network, and the shapes of its inputs at the caller's batch size."""
+    return " ".join([graph.fingerprint, *(str(list(value.shape)) for value in callers_example(graph).values())])
+
+
+def _planned(graph: Graph, plan: Plan) -> Incision:
+    if plan.graph and plan.graph != graph.fingerprint:
+        raise PlanError("the plan was made for another network: its axis table differs")
+    return cut(graph, plan.keep)
 
 
 def _narrowed(graph: Graph, kept: Sequence[float] | NDArray[Any]) -> Incision:

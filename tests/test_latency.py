@@ -16,13 +16,13 @@ import metaprune as mp
 from metaprune.cli import app
 from metaprune.engines import engine_called
 from metaprune.graphs.calls import OperatorCall, calls
-from metaprune.graphs.errors import BudgetInfeasible, LoadError, MetapruneError, OptionError
+from metaprune.graphs.errors import BudgetInfeasible, LoadError, MetapruneError, OptionError, PlanError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.onnx_export import export_onnx
 from metaprune.graphs.portable import PortableModule
 from metaprune.graphs.structure import Ref
 from metaprune.graphs.surgery import cut
-from metaprune.latency import random_counts
+from metaprune.latency import network_key, random_counts
 from metaprune.latency_fit import Correction, nonnegative, operator_terms
 from metaprune.timing import Timing, timings
 from tests.support import oracle
@@ -226,10 +226,18 @@ def test_the_polynomial_is_the_sum_at_widths_it_has_not_seen(graph: Graph, table
 
 
 def test_a_correction_enters_prediction_and_polynomial_alike(graph: Graph, table: mp.LatencyTable) -> None:
-    table.corrections[graph.fingerprint] = Correction(1e-4, {"contractions": 0.5, "others": 2.0})
+    table.corrections[network_key(graph)] = Correction(1e-4, {"contractions": 0.5, "others": 2.0})
     counts = random_counts(graph, 9, seed=0)
     costs = graph.coupling.costs.extended({"latency": table.terms(graph)})
     np.testing.assert_allclose(costs.evaluate("latency", counts), table.predictions(graph, counts), rtol=1e-6)
+
+
+def test_a_correction_is_of_one_network_at_one_batch_size(graph: Graph, table: mp.LatencyTable) -> None:
+    table.corrections[network_key(graph)] = Correction(1.0, {"contractions": 1.0, "others": 1.0})
+    assert table.predict(graph) > 1
+    assert table.correction(mp.trace(graph.source, digits(3))) == Correction()
+    with pytest.raises(PlanError, match="another network"):
+        table.predict(graph, mp.Plan({}, "0" * 64))
 
 
 def test_random_counts_are_legal_seeded_and_start_whole(graph: Graph) -> None:
@@ -296,7 +304,7 @@ def test_protected_groups_are_not_varied(graph: Graph) -> None:
 
 
 def test_a_table_survives_its_file(graph: Graph, table: mp.LatencyTable, tmp_path: Path) -> None:
-    table.corrections[graph.fingerprint] = Correction(1e-4, {"contractions": 0.5, "others": 2.0})
+    table.corrections[network_key(graph)] = Correction(1e-4, {"contractions": 0.5, "others": 2.0})
     table.save(tmp_path / "table.json")
     for again in (mp.LatencyTable.load(tmp_path / "table.json"), mp.LatencyTable(path=tmp_path / "table.json")):
         assert again.times == table.times
