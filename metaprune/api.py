@@ -132,7 +132,8 @@ def plan(
         latency: Table of measured operators, for a latency budget and for the latency that the plan says it reaches.
             A latency budget without a table times the operators here and now, in torch on one thread; which machine
             and engine the times are of is in the plan's provenance. The budget is held by the polynomial that is
-            fitted to the times, see `LatencyTable.terms`.
+            fitted to the times, see `LatencyTable.terms`; the provenance has what the table itself predicts for the
+            plan, which differs where an engine is slow at odd widths.
 
     Raises:
         BudgetInfeasible: No legal plan reaches the budget; `attainable` is the least fraction.

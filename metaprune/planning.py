@@ -133,7 +133,8 @@ def make_plan(
     if losses:
         provenance["measured"] = losses
     if latency is not None:
-        provenance["latency"] = latency.provenance(graph)
+        whole, cut = latency.predictions(graph, [costs.sizes, counts])
+        provenance["latency"] = {**latency.provenance(graph), "predicted": _fraction(cut, whole)}
     return Plan(keep, graph.fingerprint, goal.text, reached, provenance)
 
 
