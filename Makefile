@@ -12,7 +12,7 @@ EXTRAS := dev,onnx,demo
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: demo test lint bench-coverage bench-scaling bench-accuracy bench-closed-form nightly clean
+.PHONY: demo test lint bench-coverage bench-scaling bench-accuracy bench-closed-form bench-latency nightly clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -47,6 +47,9 @@ bench-accuracy: $(BENCH)/.installed
 
 bench-closed-form: $(STAMP)
 	$(BIN)/python benchmarks/closed_form.py
+
+bench-latency: $(STAMP)
+	$(BIN)/python benchmarks/latency.py
 
 # Apart from .venv: torchvision works only beside the torch build it was made for, so both come in one request.
 $(BENCH)/.installed: pyproject.toml

@@ -1,4 +1,4 @@
-"""Cost as polynomials in the group sizes: multiply-adds, parameters, activation bytes.
+"""Cost as polynomials in the group sizes: multiply-adds, parameters, activation bytes, and what else is measured.
 
 The size of an axis is a sum of products of kept counts (a concatenation adds, heads times head dimensions multiply);
 an operator's multiply-adds are products of axis sizes. So cost is a polynomial of the degree the network asks for,
@@ -7,6 +7,7 @@ evaluated for a whole population of plans at once. Nothing is ever added up per 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,14 @@ class Costs:
         self._coupling = coupling
         self._cache: dict[int, tuple[Axis, Size]] = {}
         self._polynomials: dict[bytes, Size] = {}
+        self._further: dict[str, list[Term]] = {}
+
+    def extended(self, further: Mapping[str, Sequence[Term]]) -> Costs:
+        """These costs and further ones, such as a measured latency, as sums of products of axis sizes by name."""
+        result = Costs(self._coupling)
+        result._cache, result._polynomials = self._cache, self._polynomials
+        result._further = self._further | {what: list(terms) for what, terms in further.items()}
+        return result
 
     @property
     def graph(self) -> Graph:
@@ -67,7 +76,7 @@ class Costs:
         return Cost(*(round(float(self.evaluate(what, row)[0])) for what in ("macs", "params", "bytes")))
 
     def evaluate(self, what: str, kept: Counts) -> Counts:
-        """`macs`, `params` or `bytes` for a population of kept counts, shape [plans, groups]; shape [plans]."""
+        """`macs`, `params`, `bytes` or a further cost for kept counts of shape [plans, groups]; shape [plans]."""
         return self._compiled[what].at(kept)
 
     @cached_property
@@ -86,14 +95,18 @@ class Costs:
             elif node.op != "input" and isinstance(node.meta, (Meta, tuple)):
                 found["macs"] += self.macs(node)
                 if not _moves(node.op):
-                    for number, meta in enumerate(_values(node)):
-                        if isinstance(meta, Meta):
-                            found["bytes"].append((*self.shape(node, number=number), Size(meta.dtype.itemsize)))
+                    found["bytes"] += self._bytes(node)
         read = {node.args[0] for node in graph.nodes.values() if node.op == "tensor"}
         for info in graph.tensors.values():
             if info.kind == "parameter" and info.name not in read:
                 found["params"].append(tuple(Size(n) for n in info.shape))
-        return found
+        return found | self._further
+
+    def operator(self, node: Node) -> dict[str, list[Term]]:
+        """What one operator does: its multiply-adds `macs`, the bytes it `read`s and those it has `written`."""
+        sources = [self.graph.nodes[name] for name in node.refs()]
+        read = [term for source in sources for term in self._bytes(source)]
+        return {"macs": self.macs(node), "read": read, "written": self._bytes(node)}
 
     def shape(self, node: Node, inside: bool = False, number: int = 0) -> list[Size]:
         """Sizes of the axes of one of a node's values, batched dimensions scaled to the caller's batch.
@@ -106,6 +119,14 @@ class Costs:
         return [
             self._size(axis, self._coupling.graph.batch if grows else 1.0) if d not in restricted else Size(axis.size)
             for d, (axis, grows) in enumerate(zip(axes, batched, strict=True))
+        ]
+
+    def _bytes(self, node: Node) -> list[Term]:
+        """Bytes of the values that a node computes."""
+        return [
+            (*self.shape(node, number=number), Size(meta.dtype.itemsize))
+            for number, meta in enumerate(_values(node))
+            if isinstance(meta, Meta)
         ]
 
     def _operand(self, node: Node, ref: Ref) -> list[Size]:
@@ -207,6 +228,7 @@ class _Counted(Costs):
 
     def __init__(self, graph: Graph) -> None:
         self._plain = graph
+        self._further: dict[str, list[Term]] = {}
 
     @property
     def graph(self) -> Graph:

@@ -64,7 +64,7 @@ def execute(
         elif node.op == "tensor":
             env[node.name] = values[node.args[0]]
         elif gates is not None and node.name in gates.sites:
-            env[node.name] = gated_call(node, gates, *_arguments(node, env, values, training))
+            env[node.name] = gated_call(node, gates, *arguments(node, env, values, training))
         else:
             env[node.name] = call(node, env, values, training)
         if watch is not None:
@@ -116,13 +116,15 @@ def _match(spec: Any, value: Any, path: str, leaves: dict[str, torch.Tensor]) ->
 
 def call(node: Node, env: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], training: bool = False) -> Any:
     """What an operator's node gives, from the values of the nodes it reads."""
-    args, kwargs = _arguments(node, env, tensors, training)
+    args, kwargs = arguments(node, env, tensors, training)
     return operators.resolve(node.op)(*args, **kwargs)
 
 
-def _arguments(
-    node: Node, env: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], training: bool
+def arguments(
+    node: Node, env: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], training: bool = False
 ) -> tuple[list[Any], dict[str, Any]]:
+    """What an operator's node is called with, from the values of the nodes it reads."""
+
     def plain(value: Any) -> Any:
         if isinstance(value, Ref):
             return env[value.name]

@@ -13,6 +13,7 @@ from torch import nn
 from metaprune.graphs import structure
 from metaprune.graphs.errors import MetapruneError
 from metaprune.graphs.ir import Graph
+from metaprune.graphs.portable import PortableModule
 
 
 def export_onnx(path: Path, graph: Graph, module: nn.Module) -> None:
@@ -27,20 +28,38 @@ def export_onnx(path: Path, graph: Graph, module: nn.Module) -> None:
         return {0: batch} if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] > 1 else None
 
     shapes: Any = {k: dims(v) for k, v in kwargs.items()} if kwargs else tuple(dims(a) for a in args)
+    if isinstance(module, PortableModule) and not kwargs:  # its forward takes any arguments, as one tuple
+        shapes = (shapes,)
+    training = module.training
+    try:
+        program = exported(module.eval(), args, kwargs, shapes)
+    finally:
+        module.train(training)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    program.save(str(path))
+
+
+def exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any = None) -> Any:
+    """The `torch.onnx.ONNXProgram` of a module; raises `MetapruneError` without the onnx extra, or when it fails.
+
+    Args:
+        module: In eval mode.
+        args: Example arguments.
+        kwargs: Example keyword arguments.
+        shapes: What `torch.onnx.export` takes as `dynamic_shapes`; None when all sizes are as in the example.
+    """
     try:
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError:
         raise MetapruneError("ONNX export needs the onnx extra: pip install 'metaprune[onnx]'") from None
-    training = module.training
-    path.parent.mkdir(parents=True, exist_ok=True)
     log = logging.getLogger("torch.onnx._internal.exporter._registration")  # speaks of an absent torchvision
     level = log.level
     log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                module.eval(), args, kwargs=kwargs, dynamo=True, optimize=False, dynamic_shapes=shapes, verbose=False
+            return torch.onnx.export(
+                module, args, kwargs=kwargs, dynamo=True, optimize=False, dynamic_shapes=shapes, verbose=False
             )
     except Exception as error:
         raise MetapruneError(
@@ -48,6 +67,3 @@ def export_onnx(path: Path, graph: Graph, module: nn.Module) -> None:
         ) from error
     finally:
         log.setLevel(level)
-        module.train(training)
-    assert program is not None
-    program.save(str(path))

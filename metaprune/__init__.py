@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from metaprune.curves import Sensitivity
     from metaprune.data import Batches
     from metaprune.datasets import cifar, digits, fashion_mnist
+    from metaprune.engines import measure_latency
     from metaprune.evaluation import evaluate
     from metaprune.exploration import explore
     from metaprune.graphs.certificate import Certificate
     from metaprune.graphs.errors import BudgetInfeasible, MetapruneError
     from metaprune.graphs.plan import Plan
+    from metaprune.latency import LatencyTable
     from metaprune.prune_aware import train_tolerant
     from metaprune.reconstruction import reconstruct
     from metaprune.recovery import recalibrate, recover
@@ -37,6 +39,7 @@ __all__ = [
     "BudgetInfeasible",
     "Certificate",
     "Front",
+    "LatencyTable",
     "MetapruneError",
     "Plan",
     "Pruned",
@@ -53,6 +56,7 @@ __all__ = [
     "explore",
     "fashion_mnist",
     "load",
+    "measure_latency",
     "obs_update",
     "plan",
     "prune",
@@ -73,11 +77,13 @@ _HOMES = {
     "metaprune.curves": ("Sensitivity",),
     "metaprune.data": ("Batches",),
     "metaprune.datasets": ("cifar", "digits", "fashion_mnist"),
+    "metaprune.engines": ("measure_latency",),
     "metaprune.evaluation": ("evaluate",),
     "metaprune.exploration": ("explore",),
     "metaprune.graphs.certificate": ("Certificate",),
     "metaprune.graphs.errors": ("BudgetInfeasible", "MetapruneError"),
     "metaprune.graphs.plan": ("Plan",),
+    "metaprune.latency": ("LatencyTable",),
     "metaprune.brain_surgeon": ("obs_update",),
     "metaprune.prune_aware": ("train_tolerant",),
     "metaprune.reconstruction": ("reconstruct",),

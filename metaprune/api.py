@@ -28,6 +28,7 @@ from metaprune.graphs.scalars import counted as counted_numbers
 from metaprune.graphs.structure import take_apart
 from metaprune.graphs.surgery import cut
 from metaprune.graphs.trace import trace as _trace
+from metaprune.latency import LatencyTable
 from metaprune.planning import make_plan, uses_data
 from metaprune.reconstruction import reconstruct as fit_weights
 
@@ -103,13 +104,15 @@ def plan(
     only: Iterable[str] = (),
     kinds: Sequence[str] | None = None,
     seed: int = 0,
+    latency: LatencyTable | None = None,
 ) -> Plan:
     """Decides what stays.
 
     Args:
         graph: The network.
-        budget: What is kept: `"macs=0.5"`, `"params=0.3"`, `"bytes=0.5"`, several joined by commas, or `"width=0.5"`
-            (that fraction of every group). A cost is never exceeded and falls short by at most 2 % or one unit.
+        budget: What is kept: `"macs=0.5"`, `"params=0.3"`, `"bytes=0.5"`, `"latency=0.6"`, several joined by commas,
+            or `"width=0.5"` (that fraction of every group). A cost is never exceeded and falls short by at most 2 % or
+            one unit.
         criterion: How units are scored; see `metaprune.criteria.CRITERIA`. By default `"fisher_block"` when there are
             data, else `"magnitude"`. Or curves of `metaprune.sensitivity`, which also say how units are ranked;
             allocators that work on curves find them, by method `"one_pass"`, where there are data and no criterion
@@ -131,14 +134,21 @@ def plan(
         protect: Globs of groups or tensors that stay whole.
         only: Globs of the groups or tensors that may shrink; empty for all.
         kinds: Kinds of groups that may shrink; None for all.
-        seed: Seed of criteria and allocators that draw.
+        seed: Seed of criteria and allocators that draw, and of the widths that operators are timed at.
+        latency: Table of measured operators, for a latency budget and for the latency that the plan says it reaches.
+            A latency budget without a table times the operators here and now, in torch on one thread; which machine
+            and engine the times are of is in the plan's provenance. The budget is held by the polynomial that is
+            fitted to the times, see `LatencyTable.terms`; the provenance has what the table itself predicts for the
+            plan, which differs where an engine is slow at odd widths.
 
     Raises:
         BudgetInfeasible: No legal plan reaches the budget; `attainable` is the least fraction.
         OptionError: An option has no meaning.
     """
     _check("graph", graph, Graph)
-    return make_plan(graph, budget, criterion, allocator, data, round_to, protect, only, kinds, seed)
+    if latency is not None:
+        _check("latency", latency, LatencyTable)
+    return make_plan(graph, budget, criterion, allocator, data, round_to, protect, only, kinds, seed, latency)
 
 
 def apply(graph: Graph, plan: Plan, certify: bool = True) -> Pruned:
@@ -180,6 +190,7 @@ def prune(
     seed: int = 0,
     certify: bool = True,
     reconstruct: bool | None = None,
+    latency: LatencyTable | None = None,
 ) -> Pruned:
     """Traces, plans and applies in one call; see those. A `Graph` is accepted for `model`.
 
@@ -206,7 +217,7 @@ def prune(
     blamed: list[str] = []
     while True:
         kept_whole = [*protected, *map(_literal, blamed)]
-        made = plan(graph, budget, criterion, allocator, planned_on, round_to, kept_whole, only, kinds, seed)
+        made = plan(graph, budget, criterion, allocator, planned_on, round_to, kept_whole, only, kinds, seed, latency)
         try:
             pruned = apply(graph, made, certify)
         except CertificateError:

@@ -84,7 +84,7 @@ def inspect(target: Target, as_json: AsJson = False, debug: Debug = False) -> No
 @app.command()
 def prune(
     target: Target,
-    budget: Annotated[str, typer.Option(help="What is kept: macs=0.5, params=0.3, width=0.5, ...")],
+    budget: Annotated[str, typer.Option(help="What is kept: macs=0.5, latency=0.6, width=0.5, ...")],
     out: Annotated[Path, typer.Option(help="Folder for the pruned network.", file_okay=False)],
     criterion: Annotated[str, typer.Option(help="How units are ranked.")] = "magnitude",
     allocator: Annotated[str, typer.Option(help=f"How the budget is shared among groups: {_ALLOCATORS}.")] = "global",
@@ -92,6 +92,8 @@ def prune(
     only: Only = None,
     kinds: Kinds = None,
     round_to: RoundTo = 1,
+    latency: Annotated[Path | None, typer.Option(help="Table of timed operators; read, and written back.")] = None,
+    engine: Annotated[str | None, typer.Option(help="What operators are timed in: torch or onnxruntime.")] = None,
     seed: Seed = 0,
     certify: Annotated[bool, typer.Option(help="Prove the result equal to the masked network.")] = True,
     as_json: AsJson = False,
@@ -99,6 +101,7 @@ def prune(
 ) -> None:
     """Prune a network to a budget, certify the cut and save the result."""
     with _errors_in_one_line(debug):
+        table = _latency_table(latency, engine)
         pruned = mp.prune(
             *_network(target),
             budget=budget,
@@ -110,8 +113,11 @@ def prune(
             round_to=round_to,
             seed=seed,
             certify=certify,
+            latency=table,
         )
         pruned.save(out)
+        if table is not None and latency is not None:
+            table.save()
         _report(pruned, out, as_json)
 
 
@@ -175,6 +181,15 @@ def _errors_in_one_line(debug: bool) -> Iterator[None]:
 def _network(target: str) -> tuple[Any, Any]:
     """Model and example inputs of a target."""
     return targets.saved(target) if Path(target).is_dir() else targets.build(target)
+
+
+def _latency_table(path: Path | None, engine: str | None) -> mp.LatencyTable | None:
+    """The table in a file, or a new one; none when neither a file nor an engine is named."""
+    if path is None and engine is None:
+        return None
+    if path is not None and path.exists() and engine is None:
+        return mp.LatencyTable.load(path)
+    return mp.LatencyTable(engine or "torch", path=path)
 
 
 def _groups(graph: Graph) -> list[dict[str, Any]]:

@@ -18,10 +18,11 @@ from metaprune.graphs.groups import Group
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.judge import Judge
+from metaprune.latency import LatencyTable
 from metaprune.ranking import Scores, default_criterion, unit_scores
 from metaprune.search.allocate import MEASURED
 from metaprune.search.allocate import find as find_allocator
-from metaprune.search.budget import COSTS, Budget
+from metaprune.search.budget import Budget
 from metaprune.search.problem import Counts, Kept, Problem, check_feasible
 from metaprune.selection import Choice, around, nearest
 from metaprune.sensing import sensitivity
@@ -50,6 +51,7 @@ def make_plan(
     only: Iterable[str] = (),
     kinds: Sequence[str] | None = None,
     seed: int = 0,
+    latency: LatencyTable | None = None,
 ) -> Plan:
     """See `metaprune.plan`; scores of the units that are there already are given as `criterion`, without data."""
     goal = Budget.parse(budget)
@@ -64,11 +66,17 @@ def make_plan(
     scores = [found.units[group.name] for group in groups]
     curves = None if found.curves is None else [found.curves[group.name] for group in groups]
     costs = graph.coupling.costs
+    if latency is None and any(name == "latency" for name, _ in goal.limits):
+        latency = LatencyTable()
+    if latency is not None:
+        costs = costs.extended({"latency": latency.terms(graph, _steps(graph, free, step), seed=seed)})
     problem = Problem(costs, free, scores, goal, step, least, seed, curves)
     chosen = _chosen(graph, groups, problem, found.criterion, allocator, natural, data)
     counts = costs.sizes.copy()
     counts[free] = chosen.kept
-    reached = {c: _fraction(costs.evaluate(c, counts[None])[0], costs.evaluate(c, costs.sizes[None])[0]) for c in COSTS}
+    reached = {
+        c: _fraction(costs.evaluate(c, counts[None])[0], costs.evaluate(c, costs.sizes[None])[0]) for c in costs.terms
+    }
     provenance: dict[str, Any] = {
         "criterion": found.criterion,
         "allocator": allocator,
@@ -83,7 +91,17 @@ def make_plan(
         provenance["curves"] = dict(found.about)
     if problem.record:
         provenance[MEASURED if allocator == MEASURED else "solver"] = problem.record
+    if latency is not None:
+        whole, cut = latency.predictions(graph, [costs.sizes, counts])
+        provenance["latency"] = {**latency.provenance(graph), "predicted": _fraction(cut, whole)}
     return Plan(chosen.keep(groups), graph.fingerprint, goal.text, reached, provenance)
+
+
+def _steps(graph: Graph, free: Sequence[int], step: Kept) -> Kept:
+    """The step of every group's kept count, shape [groups]; one that stays whole has its size for a step."""
+    steps = np.array([group.size for group in graph.groups], dtype=np.int64)
+    steps[free] = step
+    return steps
 
 
 def uses_data(criterion: str | Scores | Sensitivity | None, allocator: str | None) -> bool:

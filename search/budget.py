@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from metaprune.graphs.cost import Costs
 from metaprune.graphs.errors import OptionError
 
-COSTS = ("macs", "params", "bytes")
+COUNTED = ("macs", "params", "bytes")
+COSTS = (*COUNTED, "latency")
+_ROUNDING = 1e-13  # relative error of a cost in seconds: its sums are not of whole numbers
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Budget:
 
     @staticmethod
     def parse(text: str) -> Budget:
-        """Reads `"macs=0.5"`, `"macs=0.5,params=0.3"` or `"width=0.5"`; raises `OptionError`."""
+        """Reads `"macs=0.5"`, `"latency=0.6,params=0.3"` or `"width=0.5"`; raises `OptionError`."""
         limits: list[tuple[str, float]] = []
         width: float | None = None
         for part in str(text).split(","):
@@ -57,5 +59,5 @@ class Budget:
         worst = np.zeros(len(kept))
         for name, fraction in self.limits:
             full = float(costs.evaluate(name, costs.sizes[None])[0])
-            worst = np.maximum(worst, costs.evaluate(name, kept) / max(full * fraction, 1e-30))
+            worst = np.maximum(worst, costs.evaluate(name, kept) / max(full * fraction, 1e-30) - _ROUNDING)
         return worst

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from metaprune.graphs.errors import BudgetInfeasible, LoadError, OptionError, PlanError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
-from metaprune.search.budget import COSTS, Budget
+from metaprune.search.budget import COUNTED, Budget
 from metaprune.search.variables import Counts, Variable, Width, best_first, ladder, read
 
 Configs = NDArray[np.int64]
@@ -56,7 +56,7 @@ class SearchSpace:
     variables: tuple[Variable, ...]
     costs: CostModel
     graph: str
-    named: tuple[str, ...] = COSTS
+    named: tuple[str, ...] = COUNTED
 
     def __post_init__(self) -> None:
         if not self.variables:
@@ -315,7 +315,7 @@ class SearchSpace:
             raise LoadError(f"search space: schema {SCHEMA} with a list of variables is needed")
         if body.get("graph") != graph.fingerprint:
             raise LoadError("search space: it is of another network: the axis table differs")
-        named = tuple(str(cost) for cost in body.get("costs", COSTS))
+        named = tuple(str(cost) for cost in body.get("costs", COUNTED))
         return SearchSpace(tuple(map(read, body["variables"])), graph.coupling.costs, graph.fingerprint, named)
 
 

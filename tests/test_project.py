@@ -52,6 +52,9 @@ LAYERS = (
         "metaprune.refits",
         "metaprune.tables",
         "metaprune.judge",
+        "metaprune.timing",
+        "metaprune.engines",
+        "metaprune.latency*",
     ),
     ("metaprune.search", "metaprune.search.*"),
     ("metaprune", "metaprune.*"),
@@ -75,11 +78,11 @@ EAGER = {
 LAZY = {
     "networkx": ANYWHERE,
     "sklearn": ("metaprune.datasets",),
-    "scipy": ("metaprune.probes.fidelity",),
+    "scipy": ("metaprune.probes.fidelity", "metaprune.latency_fit"),
     "onnx": ("metaprune.graphs.*onnx*",),
     "onnx_ir": ("metaprune.graphs.*onnx*",),
     "onnxscript": ("metaprune.graphs.*onnx*",),
-    "onnxruntime": ("metaprune.graphs.*onnx*", "metaprune.evaluation"),
+    "onnxruntime": ("metaprune.graphs.*onnx*", "metaprune.evaluation", "metaprune.engines"),
     "matplotlib": ("metaprune.search.front",),
 }
 HEAVY = ("torch_geometric", "pymoo", "optuna", "scipy", "onnx", "onnxruntime", "sklearn", "matplotlib", "typer", "rich")
