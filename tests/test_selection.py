@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaprune as mp
-from metaprune import judge
-from metaprune.calibration import ROWS
+from metaprune import judge, trials
 from metaprune.distances import distortion
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.judge import Judge
-from metaprune.ridge import RIDGES
+from metaprune.reconstruction import FINE
 from metaprune.search.allocate import uniform
 from metaprune.search.blends import blends
 from metaprune.search.budget import Budget
@@ -50,8 +49,7 @@ def _problem(graph: Graph, budget: str, seed: int = 0) -> Problem:
 
 
 def test_distortions_are_those_of_the_fitted_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "_ROWS", ROWS)  # as fine as a fit that is to be kept
-    monkeypatch.setattr(judge, "_STRENGTHS", RIDGES)
+    monkeypatch.setattr(judge, "COARSE", FINE)  # as for a fit that is to be kept
     model, images = _network(), _images()
     graph = mp.trace(model, images[:1])
     groups = [group for group in graph.groups if not group.pinned]
@@ -117,7 +115,7 @@ def test_a_network_that_does_not_run_is_infinitely_far(monkeypatch: pytest.Monke
     graph = mp.trace(_network(), _images(1))
     groups = [group for group in graph.groups if not group.pinned]
     choices = [Choice(str(n), [np.arange(g.size, dtype=float) for g in groups], np.array([n, n, n])) for n in (2, 5)]
-    whole = judge.cut
+    whole = trials.cut
 
     def damaged(dense: Graph, keep: Any) -> Any:
         made = whole(dense, keep)
@@ -127,7 +125,7 @@ def test_a_network_that_does_not_run_is_infinitely_far(monkeypatch: pytest.Monke
             return dataclasses.replace(made, graph=dataclasses.replace(made.graph, values=values))
         return made
 
-    monkeypatch.setattr(judge, "cut", damaged)
+    monkeypatch.setattr(trials, "cut", damaged)
     chosen, losses = nearest(groups, choices, Judge(graph, [_images(50)]))
     assert chosen.name == "2"
     assert losses["5"] == float("inf")
