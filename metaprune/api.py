@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from metaprune import criteria
 from metaprune.calibration import repeatable
+from metaprune.curves import Sensitivity
 from metaprune.graphs import native, onnx_export, saved
 from metaprune.graphs.certificate import Certificate, Prover
 from metaprune.graphs.cost import Cost, counted
@@ -28,9 +28,8 @@ from metaprune.graphs.scalars import counted as counted_numbers
 from metaprune.graphs.structure import take_apart
 from metaprune.graphs.surgery import cut
 from metaprune.graphs.trace import trace as _trace
-from metaprune.planning import make_plan
+from metaprune.planning import make_plan, uses_data
 from metaprune.reconstruction import reconstruct as fit_weights
-from metaprune.search.allocate import MEASURED
 
 _PORTABLE_NOTE = (
     "portable form: batch norm and dropout follow train() and eval(); other behaviour that exists only in training "
@@ -96,7 +95,7 @@ def trace(model: Any, inputs: Any = None, dynamic: Mapping[int | str, Sequence[i
 def plan(
     graph: Graph,
     budget: str = "macs=0.5",
-    criterion: str | None = None,
+    criterion: str | Sensitivity | None = None,
     allocator: str | None = None,
     data: Any = None,
     round_to: int = 1,
@@ -112,14 +111,20 @@ def plan(
         budget: What is kept: `"macs=0.5"`, `"params=0.3"`, `"bytes=0.5"`, several joined by commas, or `"width=0.5"`
             (that fraction of every group). A cost is never exceeded and falls short by at most 2 % or one unit.
         criterion: How units are scored; see `metaprune.criteria.CRITERIA`. By default `"fisher_block"` when there are
-            data, else `"magnitude"`.
+            data, else `"magnitude"`. Or curves of `metaprune.sensitivity`, which also say how units are ranked;
+            allocators that work on curves measure them where there are data and no criterion is named, and add up
+            the scores of units for one that is.
         allocator: How many units each group keeps: `"uniform"`, `"global"`, `"sap"` (more is taken from groups whose
             scores are uneven), `"cost"` (importance removed per cost removed, for scores that add up), `"erk"`,
-            `"lamp"` and `"precrop"` (after densities of layers, see `metaprune.search.baselines`), `"random"` or
-            `"measured"` (several of these, with units ranked by the criterion and by their norms; each is cut and
-            fitted on some of the data, and the one nearest to the dense network on others is taken). By default
-            `"measured"` when there are data and no criterion is named, else `"cost"` for `"fisher"` and
-            `"fisher_block"`, else `"global"`.
+            `"lamp"` and `"precrop"` (after densities of layers, see `metaprune.search.baselines`), `"random"`; by
+            curves of what lost units cost each group, `"dp"` (dynamic program), `"milp"` (integer program; for several
+            budgets at once and for dense topologies) and `"lagrange"` (in milliseconds), all of which note in
+            `plan.provenance["solver"]` how far from the least summed cost they may be, and `"spdy"` (the curves'
+            weights are searched by the loss that pruned networks are measured to have); or `"measured"` (several
+            allocations, with units ranked by the criterion and by their norms; each is cut and fitted on some of the
+            data, and the one nearest to the dense network on others is taken). By default `"measured"` when there are
+            data and no criterion is named, `"dp"` for curves, `"cost"` for `"fisher"` and `"fisher_block"`, else
+            `"global"`.
         data: Batches of inputs or of (inputs, labels) for criteria and allocators that look at data; at most
             256 samples are scored by, and 500 measured with. Where neither looks at them they are refused.
         round_to: Kept channel counts are multiples of this.
@@ -165,7 +170,7 @@ def prune(
     model: Any,
     inputs: Any = None,
     budget: str = "macs=0.5",
-    criterion: str | None = None,
+    criterion: str | Sensitivity | None = None,
     allocator: str | None = None,
     data: Any = None,
     round_to: int = 1,
@@ -195,8 +200,7 @@ def prune(
         raise OptionError("reconstruct: calibration data are needed")
     if data is not None:
         data = repeatable(data)
-    looked_at = criterion is None or allocator == MEASURED or criteria.find(criterion).data
-    planned_on = data if looked_at or not reconstruct else None
+    planned_on = data if uses_data(criterion, allocator) or not reconstruct else None
     graph = model if isinstance(model, Graph) else trace(model, inputs)
     protected = [protect] if isinstance(protect, str) else list(protect)
     blamed: list[str] = []

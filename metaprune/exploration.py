@@ -19,7 +19,8 @@ from metaprune.graphs.plan import Plan
 from metaprune.graphs.portable import PortableModule
 from metaprune.graphs.trace import trace
 from metaprune.objectives import Objectives, named_objective
-from metaprune.planning import default_criterion, may_shrink, patterns, unit_scores
+from metaprune.planning import may_shrink, patterns
+from metaprune.ranking import default_criterion, unit_scores
 from metaprune.search import backends
 from metaprune.search.budget import Budget
 from metaprune.search.evaluate import SAMPLES, Evaluator, Fidelity

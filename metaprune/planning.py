@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -12,51 +12,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaprune import criteria
+from metaprune.curves import Sensitivity
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.groups import Group
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.judge import Judge
+from metaprune.ranking import Scores, default_criterion, unit_scores
 from metaprune.search.allocate import MEASURED
 from metaprune.search.allocate import find as find_allocator
 from metaprune.search.budget import COSTS, Budget
 from metaprune.search.problem import Counts, Kept, Problem, check_feasible
 from metaprune.selection import Choice, around, nearest
-from metaprune.statistics import collect, collect_second_moments
+from metaprune.sensing import sensitivity
 
 JUDGED = (MEASURED, "spdy")
 """Allocators that measure pruned networks."""
+CURVED = ("dp", "milp", "lagrange", "spdy")
+"""Allocators that work on curves, which are measured where there are data and no criterion is named."""
 
 _COUNTED_IN_STEPS = ("channels", "residual", "ffn", "hidden", "other")
-
-
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What a criterion makes of the units of all groups that are not pinned.
-
-    Attributes:
-        criterion: Its name.
-        units: Scores by group, shape [size] each.
-        samples: Number of samples that were looked at.
-    """
-
-    criterion: str
-    units: Mapping[str, NDArray[np.float64]]
-    samples: int
-
-
-def score(graph: Graph, criterion: str | None = None, data: Any = None, seed: int = 0) -> Scores:
-    """Scores for plans at several budgets; arguments and errors are those of `unit_scores` and `metaprune.plan`."""
-    name = default_criterion(criterion, data)
-    free = [group for group in graph.groups if not group.pinned]
-    values, samples = unit_scores(graph, free, name, data, seed)
-    return Scores(name, {group.name: value for group, value in zip(free, values, strict=True)}, samples)
 
 
 def make_plan(
     graph: Graph,
     budget: str = "macs=0.5",
-    criterion: str | Scores | None = None,
+    criterion: str | Scores | Sensitivity | None = None,
     allocator: str | None = None,
     data: Any = None,
     round_to: int = 1,
@@ -67,54 +48,110 @@ def make_plan(
 ) -> Plan:
     """See `metaprune.plan`; scores of the units that are there already are given as `criterion`, without data."""
     goal = Budget.parse(budget)
-    scored = criterion if isinstance(criterion, Scores) else None
-    named = criterion.criterion if isinstance(criterion, Scores) else criterion
-    criterion, allocator, natural = _resolved(named, allocator, data)
+    allocator, natural = _resolved(criterion, allocator, data)
     if type(seed) is not int:
         raise OptionError(f"seed: must be a whole number, not {seed!r}")
     protect, only = patterns("protect", protect), patterns("only", only)
     kinds = None if kinds is None else patterns("kinds", kinds)
     free, step, least = may_shrink(graph, round_to, protect, only, kinds)
-    groups = graph.groups
-    if scored is None:
-        looked_at = data if allocator not in JUDGED or criteria.find(criterion).data else None
-        scores, samples = unit_scores(graph, [groups[i] for i in free], criterion, looked_at, seed)
-    else:
-        scores, samples = [scored.units[groups[i].name] for i in free], scored.samples
+    groups = [graph.groups[i] for i in free]
+    found = _ranked(graph, groups, criterion, allocator, data, seed)
+    scores = [found.units[group.name] for group in groups]
+    curves = None if found.curves is None else [found.curves[group.name] for group in groups]
     costs = graph.coupling.costs
-    problem = Problem(costs, free, scores, goal, step, least, seed)
-    if not free:
-        check_feasible(problem)
-    chosen = Choice("", scores, np.empty(0, dtype=np.int64))
-    prunable = [groups[i] for i in free]
-    if free:
-        judge = Judge(graph, data, seed=seed) if allocator in JUDGED else None
-        if judge is not None:
-            problem = replace(problem, measure=partial(_losses, judge, prunable, scores))
-        kept = find_allocator(natural if allocator == MEASURED else allocator)(problem)
-        chosen = Choice(allocator, scores, kept)
-        if judge is not None and allocator == MEASURED:
-            by_norm, _ = unit_scores(graph, prunable, "magnitude")
-            choices = around(problem, kept, natural, {criterion: scores, "magnitude": by_norm})
-            chosen, losses = nearest(prunable, choices, judge)
-            problem.record.update(losses)
-    keep = chosen.keep(prunable)
+    problem = Problem(costs, free, scores, goal, step, least, seed, curves)
+    chosen = _chosen(graph, groups, problem, found.criterion, allocator, natural, data)
     counts = costs.sizes.copy()
     counts[free] = chosen.kept
     reached = {c: _fraction(costs.evaluate(c, counts[None])[0], costs.evaluate(c, costs.sizes[None])[0]) for c in COSTS}
     provenance: dict[str, Any] = {
-        "criterion": criterion,
+        "criterion": found.criterion,
         "allocator": allocator,
-        "samples": samples,
+        "samples": found.samples,
         "round_to": round_to,
         "protect": list(protect),
         "only": list(only),
         "kinds": None if kinds is None else list(kinds),
         "seed": seed,
     }
+    if found.about:
+        provenance["curves"] = dict(found.about)
     if problem.record:
-        provenance["solver" if allocator != MEASURED else MEASURED] = problem.record
-    return Plan(keep, graph.fingerprint, goal.text, reached, provenance)
+        provenance[MEASURED if allocator == MEASURED else "solver"] = problem.record
+    return Plan(chosen.keep(groups), graph.fingerprint, goal.text, reached, provenance)
+
+
+def uses_data(criterion: str | Scores | Sensitivity | None, allocator: str | None) -> bool:
+    """Whether a plan looks at data where there are any."""
+    if allocator in JUDGED or criterion is None:
+        return True
+    return isinstance(criterion, str) and criteria.find(criterion).data
+
+
+def _resolved(criterion: str | Scores | Sensitivity | None, allocator: str | None, data: Any) -> tuple[str, str]:
+    """The allocator, and the one that goes with the criterion; raises `OptionError`."""
+    if isinstance(criterion, Sensitivity):
+        natural = "dp"
+    else:
+        name = criterion.criterion if isinstance(criterion, Scores) else default_criterion(criterion, data)
+        natural = "cost" if criteria.find(name).additive else "global"
+    allocator = allocator or (MEASURED if criterion is None and data is not None else natural)
+    if allocator != MEASURED:
+        find_allocator(allocator)
+    if allocator in JUDGED and data is None:
+        raise OptionError(f"data: allocator {allocator!r} needs calibration data")
+    if isinstance(criterion, Sensitivity) and data is not None and allocator not in JUDGED:
+        raise OptionError(f"data: with curves that are there already, allocator {allocator!r} does not use data")
+    return allocator, natural
+
+
+def _ranked(
+    graph: Graph,
+    groups: Sequence[Group],
+    criterion: str | Scores | Sensitivity | None,
+    allocator: str,
+    data: Any,
+    seed: int,
+) -> Scores:
+    """Scores of the units of some groups, with curves where an allocator works on those and none are there."""
+    if isinstance(criterion, Sensitivity):
+        criterion.check(graph)
+        return Scores.of(criterion)
+    if isinstance(criterion, Scores):
+        return criterion
+    name = default_criterion(criterion, data)
+    if criterion is None and data is not None and allocator in CURVED:
+        return Scores.of(sensitivity(graph, data, name, seed=seed))
+    looked_at = data if allocator not in JUDGED or criteria.find(name).data else None
+    values, samples = unit_scores(graph, groups, name, looked_at, seed)
+    return Scores(name, {group.name: value for group, value in zip(groups, values, strict=True)}, samples)
+
+
+def _chosen(
+    graph: Graph,
+    groups: Sequence[Group],
+    problem: Problem,
+    criterion: str,
+    allocator: str,
+    natural: str,
+    data: Any,
+) -> Choice:
+    """What the allocator keeps of the groups."""
+    if not groups:
+        check_feasible(problem)
+        return Choice("", problem.scores, np.empty(0, dtype=np.int64))
+    judge = Judge(graph, data, seed=problem.seed) if allocator in JUDGED else None
+    if judge is not None:
+        problem = replace(problem, measure=partial(_losses, judge, groups, problem.scores))
+    kept = find_allocator(natural if allocator == MEASURED else allocator)(problem)
+    if judge is None or allocator != MEASURED:
+        return Choice(allocator, problem.scores, kept)
+    by_norm, _ = unit_scores(graph, groups, "magnitude")
+    choices = around(problem, kept, natural, {criterion: problem.scores, "magnitude": by_norm})
+    chosen, losses = nearest(groups, choices, judge)
+    problem.record.clear()
+    problem.record.update(losses)
+    return chosen
 
 
 def _losses(judge: Judge, groups: Sequence[Group], scores: Sequence[NDArray[np.float64]], kept: Kept) -> Counts:
@@ -156,59 +193,6 @@ def may_shrink(
     step = [round_to if groups[i].kind in _COUNTED_IN_STEPS and groups[i].size >= round_to else 1 for i in free]
     least = [min(max(groups[i].minimum, s if s > 1 else 1), groups[i].size) for i, s in zip(free, step, strict=True)]
     return free, np.array(step, dtype=np.int64), np.array(least, dtype=np.int64)
-
-
-def _resolved(criterion: str | None, allocator: str | None, data: Any) -> tuple[str, str, str]:
-    """Criterion, allocator, and the allocator that goes with the criterion; raises `OptionError`."""
-    chosen = default_criterion(criterion, data)
-    natural = "cost" if criteria.find(chosen).additive else "global"
-    allocator = allocator or (MEASURED if criterion is None and data is not None else natural)
-    if allocator != MEASURED:
-        find_allocator(allocator)
-    if allocator in JUDGED and data is None:
-        raise OptionError(f"data: allocator {allocator!r} needs calibration data")
-    return chosen, allocator, natural
-
-
-def unit_scores(
-    graph: Graph, groups: Sequence[Group], criterion: str, data: Any = None, seed: int = 0
-) -> tuple[list[NDArray[np.float64]], int]:
-    """What a criterion makes of every unit.
-
-    Args:
-        graph: The network.
-        groups: Those of its groups that are scored.
-        criterion: Name in `metaprune.criteria.CRITERIA`.
-        data: Calibration data, for a criterion that needs them.
-        seed: Of criteria that draw.
-
-    Returns:
-        The scores of each group's units, shape [size] each, and the number of samples that were looked at.
-
-    Raises:
-        OptionError: An unknown criterion, or data where there should be none, or none where there should be.
-        GraphError: A tensor of the network is not finite.
-    """
-    row = criteria.find(criterion)
-    if row.data and data is None:
-        raise OptionError(f"data: criterion {criterion!r} needs calibration data")
-    if data is not None and not row.data:
-        raise OptionError(f"data: criterion {criterion!r} does not use data")
-    graph.check_finite()
-    weights = criteria.Weights({n: graph.values[n] for n, info in graph.tensors.items() if info.kind == "parameter"})
-    statistics = None
-    if row.data and row.columns:
-        statistics = collect_second_moments(graph, data, seed=seed)
-    elif row.data:
-        statistics = collect(graph, data, seed=seed, per_sample=row.per_sample)
-    evidence = criteria.Evidence(weights, statistics, seed)
-    scores = [row.function(group, evidence).double().numpy() for group in groups]
-    return scores, statistics.samples if statistics else 0
-
-
-def default_criterion(criterion: str | None, data: Any) -> str:
-    """The criterion that is named, or the default: one that looks at data where there are any."""
-    return criterion or ("magnitude" if data is None else "fisher_block")
 
 
 def _fraction(part: float, whole: float) -> float:

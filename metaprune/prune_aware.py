@@ -24,7 +24,8 @@ from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.graphs.portable import GatedModule
 from metaprune.losses import distillation
-from metaprune.planning import Scores, make_plan, score
+from metaprune.planning import make_plan
+from metaprune.ranking import Scores, score
 from metaprune.recovery import recalibrate
 from metaprune.schedules import seeded
 from metaprune.search.allocate import MEASURED

@@ -23,7 +23,8 @@ from metaprune.graphs.errors import OptionError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.graphs.portable import GatedModule
-from metaprune.planning import default_criterion, make_plan
+from metaprune.planning import make_plan
+from metaprune.ranking import default_criterion
 from metaprune.recovery import recalibrate
 from metaprune.search.budget import Budget
 from metaprune.task import Task

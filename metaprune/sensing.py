@@ -14,7 +14,7 @@ from metaprune.curves import Sensitivity, weights_digest
 from metaprune.distances import kinds_of
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.ir import Graph
-from metaprune.planning import Scores, default_criterion, score
+from metaprune.ranking import Scores, default_criterion, score
 from metaprune.refits import consumers
 from metaprune.statistics import SAMPLES
 from metaprune.tables import ANCHORED, LEVELS, MEASURED, ONE_PASS, Table, tabulate

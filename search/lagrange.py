@@ -42,14 +42,19 @@ class Relaxed:
     columns: Choice
 
 
-def lagrange(instance: Instance) -> Solution:
+def lagrange(instance: Instance, known: Choice | None = None) -> Solution:
     """The best choice within the limits that the relaxation comes upon, each variable then raised where it fits.
+
+    Args:
+        instance: The instance.
+        known: A choice within the limits, shape [variables], that the answer shall be no worse than.
 
     Raises:
         BudgetInfeasible: No choice is within the limits.
     """
     found = relaxed(instance, *oracle_of(instance))
-    return best_of(instance, found.columns, found.bound, f"{len(found.columns)} columns")
+    columns = found.columns if known is None else np.concatenate([known[None], found.columns])
+    return best_of(instance, columns, found.bound, "Lagrangian relaxation")
 
 
 def best_of(instance: Instance, choices: Choice, bound: float, notes: str) -> Solution:

@@ -39,27 +39,28 @@ def relaxed(problem: Problem) -> Kept:
 
 
 def solved(problem: Problem, solver: Solver) -> Kept:
-    """The allocation of a solver on a ladder of kept counts, and again on finer ladders around what it found.
+    """A solver's allocation on a ladder of kept counts, then the relaxation's on finer ladders around it.
 
-    The problem's record gets the harm, the bound that no allocation on the first ladder can do better than, and the
-    gap between the two.
+    The problem's record gets the harm on the first ladder, the bound that no allocation on it can do better than, and
+    the gap between the two; and what harm is left in the end.
     """
     curves = curves_of(problem)
-    least = least_kept(problem)
-    levels = ladder(least, problem.sizes, problem.step)
-    first = solver(from_problem(problem, curves, levels))
-    problem.record.update(
-        harm=first.harm, bound=first.bound if np.isfinite(first.bound) else None, gap=_finite(first.gap), by=first.notes
-    )
-    kept = _at(levels, first)
+    levels = _finite_only(ladder(least_kept(problem), problem.sizes, problem.step), curves)
+    found = solver(from_problem(problem, curves, levels))
+    gap, bound = (x if np.isfinite(x) else None for x in (found.gap, found.bound))
+    problem.record.update(harm=found.harm, bound=bound, gap=gap, by=found.notes)
+    kept = _at(levels, found)
     while any(len(lv) > 1 and int(np.diff(lv).max()) > s for lv, s in zip(levels, problem.step, strict=True)):
-        lower = [lv[max(0, i - 1)] for lv, i in zip(levels, first.choice, strict=True)]
-        upper = [lv[min(len(lv) - 1, i + 1)] for lv, i in zip(levels, first.choice, strict=True)]
-        levels = ladder(np.array(lower), np.array(upper), problem.step, with_=kept)
-        first = solver(from_problem(problem, curves, levels))
-        kept = _at(levels, first)
-    last = np.array([c[k] - c[min(k + 1, len(c) - 1)] for c, k in zip(curves, kept.tolist(), strict=True)])
-    return filled(problem, kept, order=np.argsort(-last, kind="stable"))
+        lower = [lv[max(0, i - 1)] for lv, i in zip(levels, found.choice, strict=True)]
+        upper = [lv[min(len(lv) - 1, i + 1)] for lv, i in zip(levels, found.choice, strict=True)]
+        levels = _finite_only(ladder(np.array(lower), np.array(upper), problem.step, with_=kept), curves)
+        finer = from_problem(problem, curves, levels)
+        before = np.array([np.flatnonzero(lv == k)[0] for lv, k in zip(levels, kept.tolist(), strict=True)])
+        found = lagrange(finer, before)
+        kept = _at(levels, found)
+    kept = filled(problem, kept, order=np.argsort(-_steepness(curves, kept), kind="stable"))
+    problem.record["reached"] = float(sum(curve[k] for curve, k in zip(curves, kept.tolist(), strict=True)))
+    return kept
 
 
 def curves_of(problem: Problem) -> Sequence[Counts]:
@@ -87,9 +88,15 @@ def ladder(least: Kept, most: Kept, step: Kept, with_: Kept | None = None) -> li
     return found
 
 
+def _finite_only(levels: Sequence[Kept], curves: Sequence[Counts]) -> list[Kept]:
+    """Kept counts at which the network gives numbers."""
+    return [lv[np.isfinite(curve[lv])] for lv, curve in zip(levels, curves, strict=True)]
+
+
+def _steepness(curves: Sequence[Counts], kept: Kept) -> Counts:
+    """What one more unit would spare each group, shape [groups]."""
+    return np.array([c[k] - c[min(k + 1, len(c) - 1)] for c, k in zip(curves, kept.tolist(), strict=True)])
+
+
 def _at(levels: Sequence[Kept], solution: Solution) -> Kept:
     return np.array([lv[i] for lv, i in zip(levels, solution.choice, strict=True)], dtype=np.int64)
-
-
-def _finite(number: float) -> float | None:
-    return number if np.isfinite(number) else None

@@ -16,7 +16,7 @@ import metaprune as mp
 from metaprune.graphs.errors import LoadError, MetapruneError, OptionError
 from metaprune.graphs.ir import Graph
 from metaprune.monotone import along, non_increasing, through
-from metaprune.planning import score
+from metaprune.ranking import score
 from tests.support import oracle
 from tests.support.cases import Net
 from tests.support.layers import rows

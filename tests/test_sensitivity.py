@@ -19,8 +19,8 @@ from metaprune.graphs.ir import Graph
 from metaprune.graphs.linear import linear_layers
 from metaprune.masking import Change, measure
 from metaprune.monotone import non_increasing
-from metaprune.planning import score
 from metaprune.quadratic import quadratic_curves
+from metaprune.ranking import score
 from metaprune.removal import input_dim
 from metaprune.statistics import open_gates
 from tests.support import oracle

@@ -14,7 +14,7 @@ from metaprune.graphs.errors import OptionError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.graphs.surgery import cut
-from metaprune.planning import unit_scores
+from metaprune.ranking import unit_scores
 from metaprune.recovery import recalibrate
 from metaprune.search.pqi import pq_index
 from metaprune.task import Task
