@@ -79,7 +79,7 @@ def tabulate(
     if method != MEASURED:
         shapes, spent = quadratic_curves(graph, order, leaves, kinds, seed=seed)
         forwards += spent
-    if method != ONE_PASS:
+    if kept:
         points, spent = _measured(graph, kept, _changes(graph, order, kept, layers or ()), leaves, kinds)
         forwards += spent
     exact = {kind: layers is None and kind != WORST for kind in kinds}  # the worst case is of rough estimates

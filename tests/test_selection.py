@@ -1,6 +1,7 @@
 """The allocator "measured": distortions as an independent computation finds them, and blends of allocations."""
 
 import dataclasses
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,11 @@ def _network(seed: int = 0) -> nn.Module:
     return model.eval().double()
 
 
+@cache
+def _graph() -> Graph:
+    return mp.trace(_network(), _images(1))
+
+
 def _images(count: int = 100, seed: int = 0) -> Tensor:
     return torch.randn(count, 1, 6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -66,7 +72,7 @@ def test_distortions_are_those_of_the_fitted_networks(monkeypatch: pytest.Monkey
 
 
 def test_the_nearest_choice_is_planned() -> None:
-    graph = mp.trace(_network(), _images(1))
+    graph = _graph()
     plan = mp.plan(graph, "macs=0.4", data=[_images(200)])
     losses = plan.provenance["measured"]
     assert plan.provenance["allocator"] == "measured"
@@ -88,7 +94,7 @@ def test_a_criterion_without_data_can_be_measured_too() -> None:
 
 
 def test_ranks_share_places_and_both_scores_count() -> None:
-    graph = mp.trace(_network(), _images(1))
+    graph = _graph()
     problem = _problem(graph, "macs=0.5")
     groups = [graph.groups[i] for i in problem.free]
     norms = [np.arange(g.size, dtype=float) for g in groups]
@@ -100,7 +106,7 @@ def test_ranks_share_places_and_both_scores_count() -> None:
 
 
 def test_a_choice_keeps_the_best_units() -> None:
-    graph = mp.trace(_network(), _images(1))
+    graph = _graph()
     groups = [group for group in graph.groups if not group.pinned]
     scores = [np.sin(np.arange(g.size) * 2.0) for g in groups]
     kept = np.array([3, groups[1].size, 1])
@@ -112,7 +118,7 @@ def test_a_choice_keeps_the_best_units() -> None:
 
 
 def test_a_network_that_does_not_run_is_infinitely_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = mp.trace(_network(), _images(1))
+    graph = _graph()
     groups = [group for group in graph.groups if not group.pinned]
     choices = [Choice(str(n), [np.arange(g.size, dtype=float) for g in groups], np.array([n, n, n])) for n in (2, 5)]
     whole = trials.cut
@@ -145,7 +151,7 @@ def test_distortion_of_other_outputs_is_the_relative_squared_error() -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("budget", ["macs=0.5", "macs=0.2", "params=0.4,macs=0.6", "width=0.5"])
 def test_blends_lie_between_uniform_and_the_other(seed: int, budget: str) -> None:
-    graph = mp.trace(_network(), _images(1))
+    graph = _graph()
     problem = _problem(graph, budget, seed)
     other = cost_aware(problem)
     found = blends(problem, other, [0.0, 0.5, 1.0])
@@ -158,7 +164,7 @@ def test_blends_lie_between_uniform_and_the_other(seed: int, budget: str) -> Non
 
 
 def test_bad_input() -> None:
-    graph = mp.trace(_network(), _images(1))
+    graph = _graph()
     with pytest.raises(OptionError, match="two samples"):
         Judge(graph, [_images(1)])
     with pytest.raises(OptionError, match="no samples"):
