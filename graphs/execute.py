@@ -25,12 +25,15 @@ def run(
 ) -> Any:
     """Runs a network on inputs of the structure it was traced with.
 
-    Args: graph: The graph. params: Tensors by name; those not given are the graph's own. inputs: A tensor, a tuple of
-        arguments or a dict of keyword arguments. gates: For some groups one factor per unit, shape [size]. A gate
-        multiplies its unit wherever the network sums over it, so 0 is a unit that is cut, 1 one that stays, and
-        anything between is a differentiable mixture. Layer and group norms weigh their statistics by the gates, as
-        the cut network takes them over the kept units. training: Whether batch norms use batch statistics and dropout
-        drops.
+    Args:
+        graph: The graph.
+        params: Tensors by name; those not given are the graph's own.
+        inputs: A tensor, a tuple of arguments or a dict of keyword arguments.
+        gates: For some groups one factor per unit, shape [size]. A gate multiplies its unit wherever the network sums
+            over it, so 0 is a unit that is cut, 1 one that stays, and anything between is a differentiable mixture.
+            Layer and group norms weigh their statistics by the gates, as the cut network takes them over the kept
+            units.
+        training: Whether batch norms use batch statistics and dropout drops.
 
     Returns:
         The network's output, in its original structure.

@@ -6,6 +6,7 @@ operator it fits.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
@@ -116,16 +117,22 @@ class Linear:
 
 def linear_layers(graph: Graph) -> dict[str, Linear]:
     """The layers of a graph whose weight and bias serve no one else, by node."""
-    readers: dict[str, int] = {}
-    for node in graph.nodes.values():
-        if node.op == "tensor":
-            readers[node.args[0]] = readers.get(node.args[0], 0) + len(graph.users[node.name])
+    count = readers(graph)
     found = {}
     for node in graph.nodes.values():
         if node.base in _OPERANDS:
             layer = _read(graph, node)
-            if layer is not None and all(readers[name] == 1 for name in (layer.weight, layer.bias) if name):
+            if layer is not None and all(count[name] == 1 for name in (layer.weight, layer.bias) if name):
                 found[node.name] = layer
+    return found
+
+
+def readers(graph: Graph) -> Counter[str]:
+    """How many nodes read each tensor, by name."""
+    found: Counter[str] = Counter()
+    for node in graph.nodes.values():
+        if node.op == "tensor":
+            found[node.args[0]] += len(graph.users[node.name])
     return found
 
 

@@ -36,7 +36,7 @@ class Rerun:
         self.output = execute(graph, graph.values, leaves, watch=watch)
 
     def __call__(
-        self, affected: Collection[str], gates: Gates, tensors: Mapping[str, torch.Tensor] | None = None
+        self, affected: Collection[str], gates: Gates | None = None, tensors: Mapping[str, torch.Tensor] | None = None
     ) -> Any:
         """The output of the changed network.
 
@@ -50,11 +50,11 @@ class Rerun:
         return execute(self._graph, values, self._leaves, gates, known=known)
 
 
-def affected(graph: Graph, gates: Gates, tensors: Collection[str] = ()) -> frozenset[str]:
+def affected(graph: Graph, gates: Gates | None = None, tensors: Collection[str] = ()) -> frozenset[str]:
     """Nodes whose values may change under gates and other tensors: those they act on, and all that read them."""
     own = {alias: name for name, info in graph.tensors.items() for alias in info.aliases}
     changed = {own[name] for name in tensors}
-    found = set(gates.nodes)
+    found = set(gates.nodes) if gates is not None else set()
     for node in graph.nodes.values():
         if any(name in found for name in node.refs()) or (node.op == "tensor" and own[node.args[0]] in changed):
             found.add(node.name)

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from metaprune.calibration import leaves_of, repeatable
 from metaprune.curves import Sensitivity
-from metaprune.distances import KINDS, WORST, kinds_of
+from metaprune.distances import KINDS, kinds_of, over_samples
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.ir import Graph
-from metaprune.masking import Trial, measure
+from metaprune.masking import Change, measure, silenced
 from metaprune.probes.fidelity import rank_fidelity
 from metaprune.refits import consumers, refits
 from metaprune.statistics import SAMPLES, open_gates
@@ -93,13 +92,13 @@ def additivity(
         raise OptionError(f"data: at least {_LEAST_SAMPLES} samples are needed, not {len(leaves)}")
     counts = _random_counts(graph, plans, seed)
     fitted = sensitivity.provenance.get("compensate") is True
-    trials = _trials(graph, sensitivity, counts, data if fitted else None, samples, seed)
-    apart = measure(graph, trials, leaves).of(kind)  # [plans, samples]
+    changes = _changes(graph, sensitivity, counts, data if fitted else None, samples, seed)
+    apart = measure(graph, changes, leaves).of(kind)  # [plans, samples]
     summed = np.array([sum(float(curves[name][k]) for name, k in each.items()) for each in counts])
-    joint = _over_samples(apart, kind)
+    joint = over_samples(apart, kind)
     if not np.isfinite(joint).all() or not np.isfinite(summed).all():
         raise MetapruneError("data: the distortion of a random plan is not finite")
-    halves = [_over_samples(apart[:, half::2], kind).tolist() for half in range(2)]
+    halves = [over_samples(apart[:, half::2], kind).tolist() for half in range(2)]
     trust = rank_fidelity(summed.tolist(), halves[0], halves[1], resamples=_RESAMPLES, seed=seed)
     assert trust.ceiling is not None  # two results are given
     alive = summed > 0
@@ -120,26 +119,20 @@ def _random_counts(graph: Graph, plans: int, seed: int) -> list[dict[str, int]]:
     return found
 
 
-def _trials(
+def _changes(
     graph: Graph, sensitivity: Sensitivity, counts: Sequence[dict[str, int]], data: Any, samples: int, seed: int
-) -> list[Trial]:
+) -> list[Change]:
     """The plans as gates, with fitted layers where there are data."""
     ones = open_gates(graph)
     layers = [] if data is None else consumers(graph, data, samples, seed)
-    trials = []
+    changes = []
     for each in counts:
         gates, places = {}, {}
         for name, count in each.items():
             gone = sensitivity.order[name][count:]
-            gates[name] = ones[name].clone()
-            gates[name][torch.from_numpy(gone).to(gates[name].device)] = 0
+            gates[name] = silenced(ones[name], gone)
             places[name] = np.full(len(gates[name]), -1, dtype=np.int64)
             places[name][gone] = 0
         tensors = {key: value for fit in refits(graph, layers, places) for key, value in fit.at(0).items()}
-        trials.append(Trial(gates, tensors))
-    return trials
-
-
-def _over_samples(values: NDArray[np.float64], kind: str) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = values.max(1) if kind == WORST else values.mean(1)
-    return found
+        changes.append(Change(gates, tensors))
+    return changes

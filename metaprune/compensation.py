@@ -21,7 +21,7 @@ from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.execute import execute
 from metaprune.graphs.incision import carried
 from metaprune.graphs.ir import Graph, Node
-from metaprune.graphs.linear import Linear, linear_layers
+from metaprune.graphs.linear import Linear, linear_layers, readers
 from metaprune.graphs.portable import values_of
 from metaprune.graphs.replay import Replay, peak_bytes
 from metaprune.graphs.responses import responses
@@ -244,20 +244,13 @@ def _norm_of(graph: Graph, name: str) -> _Norm | None:
     names: dict[str, str] = {}
     for key in ("running_mean", "running_var", "weight", "bias"):
         source = graph.nodes[bound[key].name] if isinstance(bound[key], Ref) else None
-        if source is not None and (source.op != "tensor" or _readers(graph, source.args[0]) != 1):
+        if source is not None and (source.op != "tensor" or readers(graph)[source.args[0]] != 1):
             return None
         names[key] = "" if source is None else str(source.args[0])
     mean, variance, gain, shift = names.values()
     if bool(gain) != bool(shift):
         return None
     return _Norm(name, mean, variance, gain, shift, float(bound["eps"]))
-
-
-def _readers(graph: Graph, tensor: str) -> int:
-    """Number of nodes that read a tensor."""
-    return sum(
-        len(graph.users[node.name]) for node in graph.nodes.values() if node.op == "tensor" and node.args[0] == tensor
-    )
 
 
 def _constants(graph: Graph) -> dict[str, tuple[str, int]]:

@@ -20,7 +20,7 @@ from metaprune.graphs import operators
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.execute import execute
 from metaprune.graphs.ir import Graph, Meta, Node
-from metaprune.graphs.linear import Linear, linear_layers
+from metaprune.graphs.linear import Linear, linear_layers, readers
 from metaprune.graphs.responses import norms_behind
 from metaprune.graphs.structure import Ref
 
@@ -178,8 +178,7 @@ def _shift(graph: Graph, layer: Linear, norm: str) -> str:
     if source is None or source.op != "tensor":
         return ""
     name = str(source.args[0])
-    twins = [n for n in graph.nodes.values() if n.op == "tensor" and n.args[0] == name]
-    return name if sum(len(graph.users[n.name]) for n in twins) == 1 else ""
+    return name if readers(graph)[name] == 1 else ""
 
 
 def _rows_of(graph: Graph, batch: dict[str, Tensor]) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from metaprune.graphs import structure
@@ -48,6 +50,12 @@ def squared_error(graph: Graph, outputs: Sequence[Tensor], dense: Sequence[Tenso
         count += rows.shape[1]
     assert total is not None  # `metaprune.calibration.outputs_in` sees to it
     return total / max(1, count)
+
+
+def over_samples(values: NDArray[np.float64], kind: str) -> NDArray[np.float64]:
+    """Distances over samples, the last axis: the greatest for the worst case, else the mean."""
+    found: NDArray[np.float64] = values.max(-1) if kind == WORST else values.mean(-1)
+    return found
 
 
 def is_logits(output: Tensor) -> bool:

@@ -18,7 +18,7 @@ from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.graphs.portable import PortableModule
 from metaprune.graphs.trace import trace
-from metaprune.objectives import Judge, named_objective
+from metaprune.objectives import Objectives, named_objective
 from metaprune.planning import may_shrink, patterns
 from metaprune.ranking import default_criterion, unit_scores
 from metaprune.search import backends
@@ -115,7 +115,7 @@ def explore(
     free, step, least = may_shrink(graph, round_to, protect, only, None if kinds is None else patterns("kinds", kinds))
     space = SearchSpace.of(graph, free, _scores(graph, free, criterion, data, seed), step, least, levels)
     start = space.repair(_start(space, init), goal)
-    judge = Judge(graph, names, data, task, samples, seed)
+    judge = Objectives(graph, names, data, task, samples, seed)
     provenance = {
         "backend": backend,
         "seed": seed,

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from metaprune.calibration import batch_size, joined, leaves_of, outputs_in
-from metaprune.distances import distortion
+from metaprune.calibration import leaves_of
 from metaprune.graphs.errors import OptionError
-from metaprune.graphs.execute import execute
 from metaprune.graphs.ir import Graph
-from metaprune.graphs.surgery import cut
-from metaprune.reconstruction import SAMPLES, Fit
+from metaprune.reconstruction import COARSE, SAMPLES
+from metaprune.trials import Bench, Keep, Trial
 
-Keep: TypeAlias = Mapping[str, tuple[int, ...]]
 _SHARE = 0.4  # of the samples: so many, the first, are fitted on, and so many, the last, judge
-_CHUNK = 50
-_ROWS, _ROWS_PER_COLUMN, _STRENGTHS = 4096, 4, (1e-2,)  # coarser than a fit that is to be kept
 
 
 class Judge:
     """Measures how far the outputs of pruned networks, fitted by least squares, are from the dense network's.
 
-    The first two fifths of the samples are fitted on, and on the last two fifths the outputs are compared.
+    The first two fifths of the samples are fitted on, more coarsely than for a fit that is to be kept, and on the last
+    two fifths the outputs are compared.
     """
 
     def __init__(self, graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> None:
@@ -40,35 +36,17 @@ class Judge:
         leaves = leaves_of(graph, data, samples, seed)
         if len(leaves) < 2:
             raise OptionError("data: two samples are needed at least, one to fit on and one to judge by")
-        self._graph, self._seed = graph, seed
-        self._fitted = leaves[: max(1, round(_SHARE * len(leaves)))]
-        self._judged = joined(graph, leaves[-max(1, round(_SHARE * len(leaves))) :], batch_size(graph) or _CHUNK)
-        with torch.no_grad():
-            self._wanted = [outputs_in(execute(graph, graph.values, batch)) for batch in self._judged]
+        count = max(1, round(_SHARE * len(leaves)))
+        self._bench = Bench(graph, leaves[:count], leaves[-count:], seed, COARSE)
 
     def distortions(self, plans: Sequence[Keep]) -> list[float]:
         """For each plan, kept units by group, the mean of `distortion`; infinite for a network that does not run."""
         with torch.no_grad():
-            return [self._measured(keep) for keep in plans]
+            return [self._distortion(keep) for keep in plans]
 
-    def _measured(self, keep: Keep) -> float:
-        small = cut(self._graph, keep).graph
-        fit = Fit(
-            self._graph,
-            small,
-            small.values,
-            keep,
-            self._fitted,
-            seed=self._seed,
-            rows=_ROWS,
-            rows_per_column=_ROWS_PER_COLUMN,
-            strengths=_STRENGTHS,
-        )
+    def _distortion(self, keep: Keep) -> float:
         try:
-            fit.run()
-            found = [outputs_in(execute(small, fit.values, batch)) for batch in self._judged]
+            found = Trial(self._bench, keep).distortion()
         except RuntimeError:  # the certificate will say what is wrong with this cut
             return float("inf")
-        apart = [distortion(mine, theirs) for mine, theirs in zip(found, self._wanted, strict=True)]
-        total = float(torch.cat(apart).mean())
-        return total if total == total else float("inf")
+        return found if found == found else float("inf")

@@ -1,8 +1,11 @@
-"""Distortions as they are when units are silenced, each trial computed only as far as it differs from the network."""
+"""Distortions as they are when units are silenced or weights are masked.
+
+Each change is computed only as far as it differs from the network as it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metaprune.calibration import Leaves, batch_size, joined, outputs_in
-from metaprune.distances import LOGITS, distortion, is_logits, squared_error
+from metaprune.distances import LOGITS, distortion, is_logits, over_samples, squared_error
 from metaprune.graphs.cost import macs_by_node
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.gates import Gates
@@ -19,9 +22,11 @@ from metaprune.graphs.ir import Graph
 from metaprune.graphs.rerun import Rerun, affected
 from metaprune.statistics import chunk_size
 
+_CHUNK = 256
+
 
 @dataclass(frozen=True)
-class Trial:
+class Change:
     """A change to the network.
 
     Attributes:
@@ -29,17 +34,17 @@ class Trial:
         tensors: Tensors that are not the network's own, by name.
     """
 
-    gates: Mapping[str, Tensor]
+    gates: Mapping[str, Tensor] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Distances:
-    """What trials do to the outputs.
+    """What changes do to the outputs.
 
     Attributes:
-        divergence: KL(dense || changed) by trial and sample, shape [trials, samples]; None without logits.
-        squared: Mean squared error of the outputs by trial and sample, shape [trials, samples].
+        divergence: KL(dense || changed) by change and sample, shape [changes, samples]; None without logits.
+        squared: Mean squared error of the outputs by change and sample, shape [changes, samples].
         forwards: Multiply-adds that were computed, over those of one forward pass of all samples.
     """
 
@@ -48,28 +53,41 @@ class Distances:
     forwards: float
 
     def of(self, kind: str) -> NDArray[np.float64]:
-        """One kind of distance by trial and sample: the divergence, or for all other kinds the squared error."""
+        """One kind of distance by change and sample: the divergence, or for all other kinds the squared error."""
         if kind != LOGITS:
             return self.squared
         assert self.divergence is not None
         return self.divergence
 
+    def total(self, kind: str) -> NDArray[np.float64]:
+        """One kind of distance by change, over all samples, shape [changes]."""
+        return over_samples(self.of(kind), kind)
 
-def measure(graph: Graph, trials: Sequence[Trial], leaves: Sequence[Leaves]) -> Distances:
+
+def silenced(one: Tensor, units: NDArray[np.int64]) -> Tensor:
+    """A group's open gate with some units silenced, shape [size]."""
+    gate = one.clone()
+    gate[torch.from_numpy(units).to(gate.device)] = 0
+    return gate
+
+
+def measure(graph: Graph, changes: Iterable[Change], leaves: Sequence[Leaves]) -> Distances:
     """Distances of the outputs of changed networks to those of the network as it is.
 
-    The network runs once on each chunk of samples, of a size that keeps all activations within bounds; of each trial
+    The network runs once on each chunk of samples, of a size that keeps all activations within bounds; of each change
     only the nodes are computed that its gates and tensors reach. Values that are not finite count as infinitely far.
 
     Args:
         graph: The network.
-        trials: The changes.
+        changes: The changes, gone through once for each chunk of samples: many large tensors need not be there at once.
         leaves: The samples, one at a time.
 
     Raises:
-        OptionError: A network on the meta device.
+        OptionError: A network on the meta device, or changes that can be gone through only once.
         MetapruneError: The network's own output is not finite.
     """
+    if isinstance(changes, Iterator):
+        raise OptionError("changes: an iterator can not be gone through again")
     if any(value.is_meta for value in graph.values.values()):
         raise OptionError("data: a network on the meta device can not be measured")
     macs = macs_by_node(graph)
@@ -78,18 +96,18 @@ def measure(graph: Graph, trials: Sequence[Trial], leaves: Sequence[Leaves]) -> 
     divergences: list[Tensor] = []
     squares: list[Tensor] = []
     with torch.no_grad():
-        for number, batch in enumerate(joined(graph, leaves, batch_size(graph) or chunk_size(graph))):
+        for number, batch in enumerate(joined(graph, leaves, batch_size(graph) or chunk_size(graph, _CHUNK))):
             run = Rerun(graph, batch)
             dense = outputs_in(run.output)
             if not all(bool(torch.isfinite(output).all()) for output in dense):
                 raise MetapruneError("data: the network's output is not finite")
             rows: list[tuple[Tensor | None, Tensor]] = []
-            for trial in trials:
-                gates = Gates(graph.coupling, trial.gates)
-                key = frozenset(trial.gates), frozenset(trial.tensors)
+            for change in changes:
+                gates = Gates(graph.coupling, change.gates) if change.gates else None
+                key = frozenset(change.gates), frozenset(change.tensors)
                 if key not in reach:
-                    reach[key] = affected(graph, gates, trial.tensors)
-                outputs = outputs_in(run(reach[key], gates, trial.tensors))
+                    reach[key] = affected(graph, gates, change.tensors)
+                outputs = outputs_in(run(reach[key], gates, change.tensors))
                 rows.append(_distances(graph, outputs, dense))
                 forwards += 0.0 if number else share(macs, reach[key])
             squares.append(torch.stack([square for _, square in rows]))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metaprune.calibration import Leaves
-from metaprune.distances import LOGITS, SQUARED, WORST
+from metaprune.distances import LOGITS, SQUARED, WORST, over_samples
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.ir import Graph
 from metaprune.statistics import chunk_size, gated_outputs, open_gates
@@ -121,8 +121,7 @@ def _squares(
 
 
 def _over_samples(kind: str, name: str, found: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> NDArray[np.float64]:
-    values = torch.cat(list(found[LOGITS if kind == LOGITS else SQUARED][name]))  # [samples, size + 1]
+    values = torch.cat(list(found[LOGITS if kind == LOGITS else SQUARED][name])).T  # [size + 1, samples]
     if not bool(torch.isfinite(values).all()):
         raise MetapruneError(f"data: the gradients of group {name} are not finite")
-    curve: NDArray[np.float64] = (values.amax(0) if kind == WORST else values.mean(0)).numpy()
-    return curve
+    return over_samples(values.numpy(), kind)

@@ -43,6 +43,26 @@ _SAME = 1e-5
 _TINY = 1e-6
 
 
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """What goes into the fit of each layer.
+
+    Attributes:
+        rows: Positions that it is fitted on.
+        rows_per_column: So many for each column of the layer's input, where that is more.
+        strengths: Strengths of the ridge, of which the best is taken.
+    """
+
+    rows: int = ROWS
+    rows_per_column: int = ROWS_PER_COLUMN
+    strengths: tuple[float, ...] = RIDGES
+
+
+FINE = Effort()
+COARSE = Effort(4096, 4, (1e-2,))
+"""For networks that are only compared with one another."""
+
+
 def reconstruct(pruned: Pruned, data: Any, samples: int = SAMPLES, memory: int = MEMORY, seed: int = 0) -> Pruned:
     """Fits the weights of a pruned network to the responses of the dense one.
 
@@ -95,28 +115,21 @@ class Fit:
         leaves: Sequence[Leaves],
         memory: int = MEMORY,
         seed: int = 0,
-        rows: int = ROWS,
-        rows_per_column: int = ROWS_PER_COLUMN,
-        strengths: Sequence[float] = RIDGES,
+        effort: Effort = FINE,
     ) -> None:
-        """Takes a graph, its cut, the tensors to start from, the plan's edits and the samples, one at a time.
-
-        A layer is fitted on `rows` positions, or on `rows_per_column` for each of its columns where that is more, at
-        the best of the ridge strengths.
-        """
+        """Takes a graph, its cut, the tensors to start from, the plan's edits and the samples, one at a time."""
         self.values = {name: value.clone() for name, value in values.items()}
         self.changed: set[str] = set()
         self.fitted = 0
         self.macs = 0.0
         self._graph = cut
-        self._needed = rows, rows_per_column
-        self._strengths = strengths
+        self._effort = effort
         self._survivors = Survivors(dense, keep)
         self._generator = torch.Generator().manual_seed(seed)
         layers = {n: layer for n, layer in linear_layers(cut).items() if _alike(dense, cut, layer)}
         self._responses = responses(cut, layers)
         leaves = leaves[: max(_FOLDS, memory // (peak_bytes(dense) + peak_bytes(cut)))]
-        size = min(_CHUNK, len(leaves) // _FOLDS) if len(strengths) > 1 else _LARGE
+        size = min(_CHUNK, len(leaves) // _FOLDS) if len(effort.strengths) > 1 else _LARGE
         batches = joined(dense, leaves, batch_size(dense) or max(1, size))
         self.samples = len(leaves)
         inputs = frozenset(response.layer.input for response in self._responses.values())
@@ -160,7 +173,7 @@ class Fit:
         norm = self._cut.function(response.norm, layer.node) if response.norm else None
         outputs = self.values[layer.weight].numel() // (layer.groups * layer.width)
         made = [Moments.zeros(layer.groups, layer.width, outputs, inputs[0].device) for _ in range(2)]
-        most = share_of_rows(layer.width, len(inputs), *self._needed)
+        most = share_of_rows(layer.width, len(inputs), self._effort.rows, self._effort.rows_per_column)
         for number, (value, goal, other) in enumerate(zip(inputs, goals, others, strict=True)):
             wish = self._survivors.part(response.target, goal)
             wish = wish if other is None else wish - other
@@ -186,7 +199,7 @@ class Fit:
         if response.norm:
             self._write_norm(response, prior, train, held_out)
             return
-        matrix, bias = fitted(train, held_out, prior, bool(layer.bias), self._strengths)
+        matrix, bias = fitted(train, held_out, prior, bool(layer.bias), self._effort.strengths)
         self._put(layer.weight, layer.tensor(matrix))
         if layer.bias:
             self._put(layer.bias, bias.flatten())
@@ -206,7 +219,7 @@ class Fit:
         scale = self.values[gain].double() / deviation if gain else 1 / deviation
         scale = torch.where(scale.abs() > _TINY, scale, torch.ones_like(scale))
         by_group = scale.reshape(layer.groups, 1, -1)
-        matrix, bias = fitted(train, held_out, prior * by_group, True, self._strengths)
+        matrix, bias = fitted(train, held_out, prior * by_group, True, self._effort.strengths)
         matrix, bias = matrix / by_group, bias.flatten()
         offset = self.values[layer.bias].double() if layer.bias else torch.zeros_like(scale)
         if gain:

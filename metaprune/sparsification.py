@@ -20,7 +20,6 @@ from metaprune.graphs.trace import trace
 from metaprune.graphs.weights import linear_weights
 from metaprune.rate_distortion import Magnitudes, distortion_curves, joint_distortion
 from metaprune.search.densities import erdos_renyi, leaving, left, spread
-from metaprune.search.dynamic import dynamic
 from metaprune.search.instance import Instance, Limit, Solution
 from metaprune.sparse import Sparse, write_zeros
 
@@ -108,6 +107,8 @@ def _check(sparsity: float, method: str, levels: int, data: Any) -> None:
 def _by_distortion(
     graph: Graph, names: Sequence[str], capacity: int, leaves: Sequence[Leaves], levels: int, worst_case: bool
 ) -> tuple[Kept, Solution]:
+    from metaprune.search.dynamic import dynamic  # needs scipy, which importing this module does not
+
     counts = {}
     for name in names:
         size = graph.values[name].numel()

@@ -138,12 +138,12 @@ def gated_outputs(graph: Graph, chunk: Sequence[Leaves], gates: Mapping[str, Ten
     return results
 
 
-def chunk_size(graph: Graph) -> int:
-    """Samples that are looked at together: as many as keep their activations within bounds."""
+def chunk_size(graph: Graph, most: int = _CHUNK) -> int:
+    """Samples that are looked at together: at most so many, and as many as keep their activations within bounds."""
     metas = [node.meta for node in graph.nodes.values() if node.op != "tensor" and isinstance(node.meta, Meta)]
     traced = max((meta.shape[0] for meta in metas if meta.batched[:1] == (True,)), default=1)
     size = sum(torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in metas) // traced
-    return max(1, min(_CHUNK, _MEMORY // max(1, size)))
+    return max(1, min(most, _MEMORY // max(1, size)))
 
 
 def _gate_gradients(

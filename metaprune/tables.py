@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from metaprune.calibration import Leaves
@@ -15,7 +14,7 @@ from metaprune.curvature import Columns
 from metaprune.distances import WORST
 from metaprune.graphs.groups import Group
 from metaprune.graphs.ir import Graph
-from metaprune.masking import Trial, measure
+from metaprune.masking import Change, measure, silenced
 from metaprune.monotone import along, non_increasing, through
 from metaprune.quadratic import quadratic_curves
 from metaprune.refits import refits
@@ -80,8 +79,8 @@ def tabulate(
     if method != MEASURED:
         shapes, spent = quadratic_curves(graph, order, leaves, kinds, seed=seed)
         forwards += spent
-    if method != ONE_PASS:
-        points, spent = _measured(graph, kept, _trials(graph, order, kept, layers or ()), leaves, kinds)
+    if kept:
+        points, spent = _measured(graph, kept, _changes(graph, order, kept, layers or ()), leaves, kinds)
         forwards += spent
     exact = {kind: layers is None and kind != WORST for kind in kinds}  # the worst case is of rough estimates
     curves = {kind: _curves(groups, kept, points.get(kind), shapes.get(kind), exact[kind]) for kind in kinds}
@@ -104,31 +103,24 @@ def _levels(groups: Sequence[Group], method: str, count: int | None) -> Levels:
     return found
 
 
-def _trials(
-    graph: Graph, order: Orders, kept: Mapping[str, NDArray[np.int64]], layers: Sequence[Columns]
-) -> list[Trial]:
-    """One trial for each group and level, with the given layers fitted to it."""
+def _changes(graph: Graph, order: Orders, kept: Levels, layers: Sequence[Columns]) -> list[Change]:
+    """One change for each group and level, with the given layers fitted to it."""
     ones = open_gates(graph)
-    trials = []
+    changes = []
     for name, levels in kept.items():
         fits = list(refits(graph, layers, {name: np.argsort(order[name])}))
         for count in levels.tolist():
-            gate = ones[name].clone()
-            gate[torch.from_numpy(order[name][count:]).to(gate.device)] = 0
-            trials.append(Trial({name: gate}, {key: value for fit in fits for key, value in fit.at(count).items()}))
-    return trials
+            gate = silenced(ones[name], order[name][count:])
+            changes.append(Change({name: gate}, {key: value for fit in fits for key, value in fit.at(count).items()}))
+    return changes
 
 
 def _measured(
-    graph: Graph, kept: Levels, trials: Sequence[Trial], leaves: Sequence[Leaves], kinds: Sequence[str]
+    graph: Graph, kept: Levels, changes: Sequence[Change], leaves: Sequence[Leaves], kinds: Sequence[str]
 ) -> tuple[dict[str, Curves], float]:
-    found = measure(graph, trials, leaves)
+    found = measure(graph, changes, leaves)
     ends = np.cumsum([len(levels) for levels in kept.values()])[:-1]
-    points: dict[str, Curves] = {}
-    for kind in kinds:
-        values = found.of(kind)
-        values = values.max(1) if kind == WORST else values.mean(1)
-        points[kind] = dict(zip(kept, np.split(values, ends), strict=True))
+    points = {kind: dict(zip(kept, np.split(found.total(kind), ends), strict=True)) for kind in kinds}
     return points, found.forwards
 
 

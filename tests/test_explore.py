@@ -19,7 +19,7 @@ from metaprune.distances import distortion
 from metaprune.graphs.errors import BudgetInfeasible, LoadError, OptionError, PlanError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
-from metaprune.objectives import OBJECTIVES, Judge
+from metaprune.objectives import OBJECTIVES, Objectives
 from metaprune.search.evaluate import Fidelity
 from tests.support import digits_search
 
@@ -46,8 +46,8 @@ def _batches(task: mp.Task, first: int, last: int) -> list[Any]:
 
 def test_objectives_are_those_of_the_pruned_network(task: mp.Task, graph: Graph) -> None:
     names = ("error", "distortion", "macs", "params", "bytes")
-    judge = Judge(graph, names, task.train, task, samples=100)
-    result = judge(_keep(graph), Fidelity(100))
+    judged = Objectives(graph, names, task.train, task, samples=100)
+    result = judged(_keep(graph), Fidelity(100))
     assert result.values is not None
     error, apart, *costs = result.values
     pruned = mp.apply(graph, Plan(_keep(graph), graph.fingerprint))
@@ -59,33 +59,33 @@ def test_objectives_are_those_of_the_pruned_network(task: mp.Task, graph: Graph)
     assert apart == pytest.approx(float(expected), rel=1e-4)
     before, after = (dataclasses.astuple(pruned.cost[when]) for when in ("before", "after"))
     assert costs == [new / old for new, old in zip(after, before, strict=True)]
-    whole = judge({}, Fidelity(100)).values
+    whole = judged({}, Fidelity(100)).values
     assert whole == (pytest.approx(1 - task.score(), abs=1e-12), pytest.approx(0, abs=1e-9), 1.0, 1.0, 1.0)
 
 
 def test_recalibration_and_no_repair(task: mp.Task, graph: Graph) -> None:
-    judge = Judge(graph, ("error",), task.train, task, samples=64)
+    judged = Objectives(graph, ("error",), task.train, task, samples=64)
     pruned = mp.apply(graph, Plan(_keep(graph), graph.fingerprint))
-    (plain,) = judge(_keep(graph), Fidelity(64, "none")).values or ()
+    (plain,) = judged(_keep(graph), Fidelity(64, "none")).values or ()
     assert plain == pytest.approx(1 - task.score(pruned.module), abs=1e-12)
     module = copy.deepcopy(pruned.module)
     assert mp.recalibrate(module, _batches(task, 0, 64)) == 2
-    (error,) = judge(_keep(graph), Fidelity(64, "recalibrate")).values or ()
+    (error,) = judged(_keep(graph), Fidelity(64, "recalibrate")).values or ()
     assert error == pytest.approx(1 - task.score(module), abs=1e-12)
     assert error != plain
 
 
 def test_forwards_are_the_multiply_adds_that_are_made(task: mp.Task, graph: Graph) -> None:
     """Counted by torch while it runs, against what is charged; torch counts two operations for one multiply-add."""
-    judge = Judge(graph, ("error", "distortion"), task.train, task, samples=100)
-    assert judge.forwards == 100 + len(task.val.images)
+    judged = Objectives(graph, ("error", "distortion"), task.train, task, samples=100)
+    assert judged.forwards == 100 + len(task.val.images)
     with FlopCounterMode(display=False) as one, torch.no_grad():
         task.model(task.val.images[:1])
-    assert one.get_total_flops() / 2 == judge.macs
+    assert one.get_total_flops() / 2 == judged.bench.macs
     for repair, within in (("none", 1e-9), ("recalibrate", 1e-9), ("least_squares", 0.1)):
         with FlopCounterMode(display=False) as counter:
-            result = judge(_keep(graph), Fidelity(100, repair))
-        assert result.forwards == pytest.approx(counter.get_total_flops() / 2 / judge.macs, rel=within)
+            result = judged(_keep(graph), Fidelity(100, repair))
+        assert result.forwards == pytest.approx(counter.get_total_flops() / 2 / judged.bench.macs, rel=within)
 
 
 def test_a_search_from_a_graph_needs_no_labels(task: mp.Task, graph: Graph) -> None:
@@ -202,13 +202,13 @@ def test_what_can_not_be_searched_is_named(task: mp.Task, graph: Graph) -> None:
 
 
 def test_a_network_that_does_not_run_is_left_out(task: mp.Task, graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = Judge(graph, ("distortion", "macs"), task.train, task, samples=16)
+    judged = Objectives(graph, ("distortion", "macs"), task.train, task, samples=16)
 
     def broken(*_: object) -> float:
         raise RuntimeError("singular")
 
     monkeypatch.setitem(OBJECTIVES, "distortion", dataclasses.replace(OBJECTIVES["distortion"], value=broken))
-    result = judge(_keep(graph), Fidelity(16))
+    result = judged(_keep(graph), Fidelity(16))
     assert (result.values, result.note) == (None, "singular")
 
 

@@ -189,10 +189,10 @@ def test_rank_fidelity_names_bad_options(options: dict[str, Any], said: str) -> 
         probes.rank_fidelity(**{"proxy": [1, 2, 3], "final_a": [1, 3, 2], **options})
 
 
-def test_sensitivity_is_a_real_cut_of_one_group(task: mp.Task, graph: Any) -> None:
+def test_ablation_is_a_real_cut_of_one_group(task: mp.Task, graph: Any) -> None:
     dense, source = bits(task.model), task.train.generator  # type: ignore[attr-defined]
     state = source.get_state()
-    found = probes.sensitivity(graph, task, (0.5, 0.1))
+    found = probes.ablation(graph, task, (0.5, 0.1))
     assert same(dense, bits(task.model))
     assert torch.equal(state, source.get_state())
     assert (found.score, found.macs) == (task.score(), graph.cost().macs)
@@ -211,22 +211,22 @@ def test_sensitivity_is_a_real_cut_of_one_group(task: mp.Task, graph: Any) -> No
 
 
 def test_a_group_that_loses_nothing_is_not_reported_as_robust(task: mp.Task, graph: Any) -> None:
-    found = probes.sensitivity(graph, task, (0.955,), certify=False)  # 11.46 of 12 units: 11; 9.55 of 10: all
+    found = probes.ablation(graph, task, (0.955,), certify=False)  # 11.46 of 12 units: 11; 9.55 of 10: all
     assert found.untouched == ("inner.0",)
     assert "inner.0" not in {trial.group for trial in found.trials}
 
 
-def test_sensitivity_with_data(task: mp.Task, graph: Any) -> None:
+def test_ablation_with_data(task: mp.Task, graph: Any) -> None:
     data = [next(iter(task.val))[0][:32]]
-    found = probes.sensitivity(graph, task, (0.5,), criterion="fisher_block", data=data, certify=False)
+    found = probes.ablation(graph, task, (0.5,), criterion="fisher_block", data=data, certify=False)
     assert len(found.trials) == 3
     assert all(0 <= trial.score <= 1 for trial in found.trials)
 
 
 @pytest.mark.parametrize("fractions", [(), (0.0,), (1.0,), (0.5, 1.5)])
-def test_sensitivity_names_bad_fractions(task: mp.Task, graph: Any, fractions: tuple[float, ...]) -> None:
+def test_ablation_names_bad_fractions(task: mp.Task, graph: Any, fractions: tuple[float, ...]) -> None:
     with pytest.raises(OptionError, match="fractions"):
-        probes.sensitivity(graph, task, fractions)
+        probes.ablation(graph, task, fractions)
 
 
 def index(values: Tensor, p: float = 0.5, q: float = 1.0) -> float:

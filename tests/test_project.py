@@ -51,6 +51,8 @@ LAYERS = (
         "metaprune.quadratic",
         "metaprune.refits",
         "metaprune.tables",
+        "metaprune.rate_distortion",
+        "metaprune.trials",
         "metaprune.judge",
         "metaprune.timing",
         "metaprune.engines",

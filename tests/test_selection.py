@@ -1,6 +1,7 @@
 """The allocator "measured": distortions as an independent computation finds them, and blends of allocations."""
 
 import dataclasses
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaprune as mp
-from metaprune import judge
-from metaprune.calibration import ROWS
+from metaprune import judge, trials
 from metaprune.distances import distortion
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.judge import Judge
-from metaprune.ridge import RIDGES
+from metaprune.reconstruction import FINE
 from metaprune.search.allocate import uniform
 from metaprune.search.blends import blends
 from metaprune.search.budget import Budget
@@ -37,6 +37,11 @@ def _network(seed: int = 0) -> nn.Module:
     return model.eval().double()
 
 
+@cache
+def _graph() -> Graph:
+    return mp.trace(_network(), _images(1))
+
+
 def _images(count: int = 100, seed: int = 0) -> Tensor:
     return torch.randn(count, 1, 6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -50,8 +55,7 @@ def _problem(graph: Graph, budget: str, seed: int = 0) -> Problem:
 
 
 def test_distortions_are_those_of_the_fitted_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "_ROWS", ROWS)  # as fine as a fit that is to be kept
-    monkeypatch.setattr(judge, "_STRENGTHS", RIDGES)
+    monkeypatch.setattr(judge, "COARSE", FINE)  # as for a fit that is to be kept
     model, images = _network(), _images()
     graph = mp.trace(model, images[:1])
     groups = [group for group in graph.groups if not group.pinned]
@@ -68,7 +72,7 @@ def test_distortions_are_those_of_the_fitted_networks(monkeypatch: pytest.Monkey
 
 
 def test_the_nearest_choice_is_planned() -> None:
-    graph = mp.trace(_network(), _images(1))
+    graph = _graph()
     plan = mp.plan(graph, "macs=0.4", data=[_images(200)])
     losses = plan.provenance["measured"]
     assert plan.provenance["allocator"] == "measured"
@@ -90,7 +94,7 @@ def test_a_criterion_without_data_can_be_measured_too() -> None:
 
 
 def test_ranks_share_places_and_both_scores_count() -> None:
-    graph = mp.trace(_network(), _images(1))
+    graph = _graph()
     problem = _problem(graph, "macs=0.5")
     groups = [graph.groups[i] for i in problem.free]
     norms = [np.arange(g.size, dtype=float) for g in groups]
@@ -102,7 +106,7 @@ def test_ranks_share_places_and_both_scores_count() -> None:
 
 
 def test_a_choice_keeps_the_best_units() -> None:
-    graph = mp.trace(_network(), _images(1))
+    graph = _graph()
     groups = [group for group in graph.groups if not group.pinned]
     scores = [np.sin(np.arange(g.size) * 2.0) for g in groups]
     kept = np.array([3, groups[1].size, 1])
@@ -114,10 +118,10 @@ def test_a_choice_keeps_the_best_units() -> None:
 
 
 def test_a_network_that_does_not_run_is_infinitely_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = mp.trace(_network(), _images(1))
+    graph = _graph()
     groups = [group for group in graph.groups if not group.pinned]
     choices = [Choice(str(n), [np.arange(g.size, dtype=float) for g in groups], np.array([n, n, n])) for n in (2, 5)]
-    whole = judge.cut
+    whole = trials.cut
 
     def damaged(dense: Graph, keep: Any) -> Any:
         made = whole(dense, keep)
@@ -127,7 +131,7 @@ def test_a_network_that_does_not_run_is_infinitely_far(monkeypatch: pytest.Monke
             return dataclasses.replace(made, graph=dataclasses.replace(made.graph, values=values))
         return made
 
-    monkeypatch.setattr(judge, "cut", damaged)
+    monkeypatch.setattr(trials, "cut", damaged)
     chosen, losses = nearest(groups, choices, Judge(graph, [_images(50)]))
     assert chosen.name == "2"
     assert losses["5"] == float("inf")
@@ -147,7 +151,7 @@ def test_distortion_of_other_outputs_is_the_relative_squared_error() -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("budget", ["macs=0.5", "macs=0.2", "params=0.4,macs=0.6", "width=0.5"])
 def test_blends_lie_between_uniform_and_the_other(seed: int, budget: str) -> None:
-    graph = mp.trace(_network(), _images(1))
+    graph = _graph()
     problem = _problem(graph, budget, seed)
     other = cost_aware(problem)
     found = blends(problem, other, [0.0, 0.5, 1.0])
@@ -160,7 +164,7 @@ def test_blends_lie_between_uniform_and_the_other(seed: int, budget: str) -> Non
 
 
 def test_bad_input() -> None:
-    graph = mp.trace(_network(), _images(1))
+    graph = _graph()
     with pytest.raises(OptionError, match="two samples"):
         Judge(graph, [_images(1)])
     with pytest.raises(OptionError, match="no samples"):

@@ -17,7 +17,7 @@ from metaprune.graphs.gates import Gates
 from metaprune.graphs.groups import Group
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.linear import linear_layers
-from metaprune.masking import Trial, measure
+from metaprune.masking import Change, measure
 from metaprune.monotone import non_increasing
 from metaprune.quadratic import quadratic_curves
 from metaprune.ranking import score
@@ -49,7 +49,7 @@ def silenced(graph: Graph, x: Tensor, keep: dict[str, tuple[int, ...]], tensors:
 
 @pytest.mark.parametrize("name", ["residual", "transformer", "dense"])
 def test_measured_points_are_those_of_whole_gated_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaprune.masking.chunk_size", lambda graph: 30)  # chunks, the last not full
+    monkeypatch.setattr("metaprune.masking.chunk_size", lambda *_: 30)  # chunks, the last not full
     graph, x = traced(name)
     found = mp.sensitivity(graph, [x[:40], x[40:]], "magnitude", levels=EVERY, method="measured")
     assert found.samples == len(x)
@@ -117,7 +117,7 @@ def test_compensated_points_are_those_of_layers_fitted_by_least_squares(name: st
     assert np.mean(better) > 0.5
 
 
-def test_only_what_a_trial_reaches_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_a_change_reaches_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, x = traced("residual")
     last = next(group for group in free(graph) if group.size == 7)
     runs: Counter[str] = Counter()
@@ -133,8 +133,8 @@ def test_only_what_a_trial_reaches_is_computed_again(monkeypatch: pytest.MonkeyP
 
     counted("call")
     counted("gated_call")
-    trials = [Trial({last.name: torch.ones(7, dtype=x.dtype)})] * 3
-    measure(graph, trials, [{next(iter(graph.example)): row[None]} for row in x[:20]])
+    changes = [Change({last.name: torch.ones(7, dtype=x.dtype)})] * 3
+    measure(graph, changes, [{next(iter(graph.example)): row[None]} for row in x[:20]])
     assert {name: count for name, count in runs.items() if count} == {
         "stem": 1, "first": 1, "second": 1, "last": 1, "head": 4,
     }  # fmt: skip

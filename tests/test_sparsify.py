@@ -47,7 +47,7 @@ def trained() -> tuple[nn.Module, Any, Any]:
     torch.manual_seed(0)
     train, test = mp.digits()
     model = _Net()
-    mp.train(model, train, lambda y, _, t: F.cross_entropy(y, t), mp.Settings(epochs=2, lr=0.1), seed=0)
+    mp.train(model, train, lambda y, _, t: F.cross_entropy(y, t), mp.Settings(epochs=1, lr=0.1), seed=0)
     return model.eval(), train, test
 
 
@@ -181,7 +181,7 @@ def test_dp_is_the_best_of_all_choices_of_levels() -> None:
 def test_dp_moves_the_outputs_less_than_one_share_for_all() -> None:
     for sparsity in (0.5, 0.7):
         found = {
-            method: mp.sparsify(graph(), None, sparsity, method, [images()], 51, worst_case=False).distortion
+            method: mp.sparsify(graph(), None, sparsity, method, [images()], 26, worst_case=False).distortion
             for method in ("dp", "uniform")
         }
         assert found["dp"] is not None
@@ -213,9 +213,15 @@ class _Mixed(nn.Module):
         return torch.addmm(self.added, x.reshape(10, 8), self.product)
 
 
-def test_weights_are_found_by_what_reads_them() -> None:
+@cache
+def mixed() -> tuple[Graph, Tensor]:
     torch.manual_seed(0)
-    traced = mp.trace(_Mixed(), torch.randint(0, 11, (2, 5)))
+    tokens = torch.randint(0, 11, (2, 5))
+    return mp.trace(_Mixed().eval(), tokens), tokens
+
+
+def test_weights_are_found_by_what_reads_them() -> None:
+    traced, _ = mixed()
     expected = {"up.weight", "paths", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "shared.weight", "product"}
     assert set(linear_weights(traced)) == expected
 
@@ -236,14 +242,13 @@ def test_weights_are_found_by_what_reads_them() -> None:
 
 
 def test_networks_of_other_kinds_are_measured_too() -> None:
-    torch.manual_seed(0)
-    tokens = [torch.randint(0, 11, (2, 5))]
-    sparse = mp.sparsify(_Mixed().eval(), tokens[0], 0.6, data=tokens, levels=6)
+    traced, tokens = mixed()
+    sparse = mp.sparsify(traced, sparsity=0.6, data=[tokens], levels=6)
     assert sparse.sparsity >= 0.6
     assert sparse.distortion is not None
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
-    sparse = mp.sparsify(layer, torch.randn(2, 4, 16), 0.5, data="noise", levels=4, seed=3)
-    again = mp.sparsify(layer, torch.randn(2, 4, 16), 0.5, data="noise", levels=4, seed=3)
+    layer = mp.trace(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(2, 4, 16))
+    sparse = mp.sparsify(layer, sparsity=0.5, data="noise", levels=3, seed=3)
+    again = mp.sparsify(layer, sparsity=0.5, data="noise", levels=3, seed=3)
     assert sparse.provenance["samples"] == 256
     assert all(torch.equal(mask, again.masks[name]) for name, mask in sparse.masks.items())
 

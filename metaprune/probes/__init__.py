@@ -6,20 +6,20 @@ Every report lists itself as plain data for a table or JSON, one dict per row: `
 from metaprune.probes.collapsing import Collapse, Remainder, collapse
 from metaprune.probes.control import Scratch, scratch
 from metaprune.probes.fidelity import RankFidelity, rank_fidelity
-from metaprune.probes.widths import PqiCurve, PqiPoint, Sensitivity, Trial, pqi_curve, sensitivity
+from metaprune.probes.widths import Ablated, Ablation, PqiCurve, PqiPoint, ablation, pqi_curve
 
 __all__ = [
+    "Ablated",
+    "Ablation",
     "Collapse",
     "PqiCurve",
     "PqiPoint",
     "RankFidelity",
     "Remainder",
     "Scratch",
-    "Sensitivity",
-    "Trial",
+    "ablation",
     "collapse",
     "pqi_curve",
     "rank_fidelity",
     "scratch",
-    "sensitivity",
 ]

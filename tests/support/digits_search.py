@@ -16,7 +16,7 @@ from metaprune.datasets import digits
 from metaprune.losses import cross_entropy
 from tests.support.patients import Block
 
-EVALUATIONS = 16
+EVALUATIONS = 10
 
 
 @lru_cache(maxsize=1)
