@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,9 @@ from metaprune.search.lagrange import best_of, oracle_of, relaxed
 from metaprune.search.problem import Counts
 
 _ROUGH, _FINE = 32, 4096  # pairs per list: to find a good choice, and to prove the best
-_SEVERAL = 256  # the same where there are several limits, and fewer pairs beat each other
+_SEVERAL = 64  # the same where there are several limits, and fewer pairs beat each other
 _BLOCK = 256
+_STATES = 20_000  # levels of variables that meet, in all and over the number of limits squared; each is looked at
 _PAIRS = 1 << 20  # pairs that are looked at together
 _TINY = 1e-12
 
@@ -51,7 +53,9 @@ class Pairs:
 def dynamic(instance: Instance) -> Solution:
     """The least harm within the limits.
 
-    The gap is 0 unless lists had to be thinned; where too many groups meet for elimination nothing is proven.
+    The gap is 0 unless lists had to be thinned. Where too many levels are left to look at, as several limits may leave
+    of large networks, the relaxation's answer stands with its gap; where too many groups meet for elimination nothing
+    is proven.
 
     Raises:
         BudgetInfeasible: No choice is within the limits.
@@ -66,6 +70,12 @@ def dynamic(instance: Instance) -> Solution:
         if best.gap == 0:
             return best
         allowed, smaller = reduced(instance, order, found.prices, best.harm)
+        counts = [len(levels) for levels in smaller.levels]
+        if (
+            sum(prod(counts[v] for v in (variable, *rest)) for variable, rest in order)
+            > _STATES / len(instance.limits) ** 2
+        ):
+            return best
         table = _Table(smaller, order, found.prices, best.harm, most)
         choice = table.run()
         bound = max(best.bound, min(best.harm, table.dropped))
