@@ -41,9 +41,13 @@ def spdy(problem: Problem) -> Kept:
     search = _Search(problem)
     groups = len(problem.free)
     search.tried([search.allocated(np.zeros(groups)), proportional(problem, np.ones(groups))])
-    engine = CMAES(x0=np.zeros(groups), sigma=_SIGMA, popsize=_POPULATION, restarts=0)
+    draw = np.random.default_rng(problem.seed)
+    engine = CMAES(
+        x0=np.zeros(groups), sigma=_SIGMA, popsize=_POPULATION, randn=lambda *shape: draw.standard_normal(shape)
+    )
     box = Box(n_var=groups, n_obj=1, xl=-_RANGE * np.ones(groups), xu=_RANGE * np.ones(groups))
     engine.setup(box, seed=problem.seed, verbose=False, termination=("n_eval", EVALUATIONS))
+    engine.options["seed"] = np.nan  # it would go to numpy's global generator, with 0 for the time
     while engine.has_next():
         asked = engine.ask()
         losses = search.tried([search.allocated(x) for x in asked.get("X")])

@@ -127,7 +127,11 @@ def test_spdy_measures_what_it_returns() -> None:
     assert Judge(graph, data).distortions([plan.keep]) == [pytest.approx(solver["loss"])]
     assert solver["loss"] <= min(solver["loss_of_solver"], solver["loss_of_uniform"])
     assert plan.reached["macs"] <= 0.4
-    assert mp.plan(graph, "macs=0.4", allocator="spdy", data=data).keep == plan.keep
+    before = np.random.get_state()[1].tolist()
+    again = mp.plan(graph, "macs=0.4", allocator="spdy", data=data)
+    assert again.keep == plan.keep
+    assert again.provenance["solver"] == solver
+    assert np.random.get_state()[1].tolist() == before  # nobody else's draws are touched
 
 
 def test_what_does_not_go_together_is_refused() -> None:
