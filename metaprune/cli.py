@@ -25,10 +25,11 @@ import metaprune as mp
 from metaprune import demo as demonstration
 from metaprune import targets
 from metaprune.graphs.ir import Graph
+from metaprune.planning import JUDGED
 from metaprune.search.allocate import ALLOCATORS
 from metaprune.training import Progress as Report
 
-_ALLOCATORS = ", ".join(ALLOCATORS)
+_ALLOCATORS = ", ".join(name for name in ALLOCATORS if name not in JUDGED)  # no calibration data come from a shell
 app = typer.Typer(
     name="metaprune",
     help="Structured pruning of neural networks: exact, certified and without per-architecture code.",
