@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from metaprune.graphs import operators
 from metaprune.graphs.flow import Axis
 from metaprune.graphs.ir import Graph, Meta, Node
-from metaprune.graphs.polynomial import Counts, Polynomial, Size, Term
+from metaprune.graphs.polynomial import Counts, Monomials, Polynomial, Size, Term, expanded
 from metaprune.graphs.structure import Ref
 
 if TYPE_CHECKING:
@@ -78,6 +78,15 @@ class Costs:
     def evaluate(self, what: str, kept: Counts) -> Counts:
         """`macs`, `params`, `bytes` or a further cost for kept counts of shape [plans, groups]; shape [plans]."""
         return self._compiled[what].at(kept)
+
+    def monomials(self, what: str, place: Mapping[int, int]) -> Monomials:
+        """A cost as a polynomial in some groups' kept counts, multiplied out.
+
+        Args:
+            what: `macs`, `params` or `bytes`.
+            place: Number of each variable by its group; all other groups are whole.
+        """
+        return expanded(self.terms[what], self.sizes, place)
 
     @cached_property
     def _compiled(self) -> dict[str, Polynomial]:

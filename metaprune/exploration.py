@@ -65,6 +65,10 @@ def explore(
     Args:
         target: A task; or a graph, with calibration data and without labels.
         backend: The search; see `metaprune.search.backends.BACKENDS`. `"random"` draws over the whole range of costs.
+            `"dp"` judges networks in which one group alone has shrunk, takes what they lose to add up, and solves for
+            the best at every cost; what is left goes into neighbours of the front. `"spdy"` also corrects, at
+            several costs, how much each group counts. Neither has a random choice; both look at the first objective
+            that is no cost, and pay where each group gets several evaluations.
         objectives: What is to be small, the first being what a point is chosen for: `"error"` (1 - the task's metric
             on `val`), `"distortion"` (of the outputs, without labels), and the kept fractions `"macs"`, `"params"`
             and `"bytes"`. By default `("error", "macs")` for a task, else `("distortion", "macs")`.
@@ -94,7 +98,8 @@ def explore(
         network; ranking the units comes on top.
 
     Raises:
-        OptionError: An option has no meaning, there are no samples, or `out` belongs to another search.
+        OptionError: An option has no meaning, there are no samples, `out` belongs to another search, or all
+            objectives are costs where the back end needs one that is not.
         BudgetInfeasible: No network is within the budget; `attainable` is the least fraction.
         PlanError: `init` is of another network.
         LoadError: The ledger in `out` is damaged.

@@ -32,7 +32,9 @@ class Run(Protocol):
 
 
 BACKENDS = {
+    "dp": "metaprune.search.dp_search",
     "random": "metaprune.search.random_search",
+    "spdy": "metaprune.search.spdy_search",
 }
 """Module of each back end, which is loaded when it is asked for; its function `run` is the search."""
 

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from metaprune.graphs.errors import OptionError
 from metaprune.search.front import Front, Point, nondominated
 from metaprune.search.ledger import Ledger, Result
-from metaprune.search.space import SearchSpace
+from metaprune.search.space import Configs, SearchSpace
 
 REPAIRS = ("least_squares", "recalibrate", "none")
 SAMPLES = 500
@@ -129,6 +129,12 @@ class Evaluator:
     def known(self, config: ArrayLike, fidelity: Fidelity | None = None) -> bool:
         """Whether a configuration, shape [variables], was evaluated in this run, so that it costs nothing."""
         return f"{self.space.key(config)} {fidelity or self.fidelity}" in self._seen
+
+    def fresh(self, configs: Configs) -> Configs:
+        """Those of some configurations that were not evaluated yet, each once, as many as may be evaluated."""
+        _, first = np.unique(configs, axis=0, return_index=True)
+        new = [i for i in np.sort(first).tolist() if not self.known(configs[i])]
+        return configs[new[: self.left]]
 
     def _evaluate(self, key: str, row: NDArray[np.int64], level: Fidelity) -> None:
         result = self._ledger.results.get(key) if self._ledger is not None else None

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaprune.graphs.errors import BudgetInfeasible, OptionError
-from metaprune.graphs.polynomial import Monomials, expanded
+from metaprune.graphs.polynomial import Monomials
 from metaprune.search.problem import Counts, Kept, Problem
 
 Choice = NDArray[np.int64]
@@ -168,6 +168,6 @@ def from_problem(problem: Problem, curves: Sequence[Counts], levels: Sequence[Ke
     limits = []
     for name, fraction in problem.budget.limits:
         full = float(costs.evaluate(name, costs.sizes[None])[0])
-        limits.append(Limit(name, expanded(costs.terms[name], costs.sizes, place), max(full * fraction, 1e-30)))
+        limits.append(Limit(name, costs.monomials(name, place), max(full * fraction, 1e-30)))
     harm = [curve[lv] for curve, lv in zip(curves, levels, strict=True)]
     return Instance(list(levels), harm, limits)

@@ -19,17 +19,10 @@ def run(space: SearchSpace, evaluate: Evaluator, budget: Budget | None, seed: in
     A longer search with the same seed begins with the evaluations of a shorter one.
     """
     generator = np.random.default_rng(seed)
-    evaluate(_new(init, evaluate))
+    evaluate(evaluate.fresh(init))
     misses = 0
     while evaluate.left and misses < _PATIENCE:
-        drawn = _new(space.sample(generator, _DRAWS, budget), evaluate)
+        drawn = evaluate.fresh(space.sample(generator, _DRAWS, budget))
         evaluate(drawn)
         misses = 0 if len(drawn) else misses + 1
     return evaluate.front()
-
-
-def _new(configs: Configs, evaluate: Evaluator) -> Configs:
-    """Those that were not evaluated yet, each once, as many as may be evaluated."""
-    _, first = np.unique(configs, axis=0, return_index=True)
-    fresh = [i for i in np.sort(first).tolist() if not evaluate.known(configs[i])]
-    return configs[fresh[: evaluate.left]]

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from metaprune.graphs.errors import BudgetInfeasible, LoadError, OptionError, PlanError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
+from metaprune.graphs.polynomial import Monomials
 from metaprune.search.budget import COUNTED, Budget
 from metaprune.search.variables import Counts, Variable, Width, best_first, ladder, read
 
@@ -37,6 +38,9 @@ class CostModel(Protocol):
 
     def evaluate(self, what: str, kept: Counts) -> Counts:
         """A cost for kept counts of shape [plans, groups]; shape [plans]. It never falls when a count rises."""
+
+    def monomials(self, what: str, place: Mapping[int, int]) -> Monomials:
+        """The cost multiplied out over the groups in `place`, which gives their variables, the others whole."""
 
 
 @dataclass(frozen=True, eq=False)

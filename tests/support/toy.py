@@ -16,12 +16,14 @@ gives the least error at each cost exactly, for any s.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from metaprune.graphs.polynomial import Monomials
 from metaprune.search.evaluate import Evaluator, Fidelity
 from metaprune.search.ledger import Ledger, Result
 from metaprune.search.space import SearchSpace
@@ -61,6 +63,12 @@ class Toy:
         """Costs of kept counts, shape [plans, groups]."""
         assert what == "macs"
         return kept @ self._drawn[1]
+
+    def monomials(self, what: str, place: Mapping[int, int]) -> Monomials:
+        """Costs multiplied out over the groups in `place`, the others whole."""
+        assert what == "macs"
+        prices = {(place[i],): float(c) for i, c in enumerate(self._drawn[1]) if i in place}
+        return {(): UNITS * sum(float(c) for i, c in enumerate(self._drawn[1]) if i not in place), **prices}
 
     @cached_property
     def damage(self) -> NDArray[np.float64]:
