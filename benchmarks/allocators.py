@@ -1,4 +1,4 @@
-"""The same ranking of units under every allocator, without training: which says best how many units each group keeps?
+"""The same ranking of units under every allocator: which says best how many units each group keeps?
 
 Every arm ranks units by block Fisher and fits the weights that remain by least squares on the same 500 unlabelled
 images; only the kept counts differ. Beside the scores stands how far sums over single groups can be trusted: Kendall's
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accuracy import Plan, measure
-from accuracy_arms import handed_back
+from accuracy_arms import Trained, handed_back
 from accuracy_case import Arm, Case, Made, load
 from ledger import read_rows
 from report import provenance, put_table
@@ -71,11 +71,13 @@ ARMS: dict[str, Arm] = {
     "dp, measured curves": _allocated("dp", "measured"),
     "spdy, one-pass curves": _allocated("spdy", "one_pass"),
 }
+RECOVERED = ("uniform", "global", "dp, one-pass curves", "spdy, one-pass curves")
+BUDGETS = (0.5, 0.25, 0.125)
 PLAN = Plan(
-    seeds={"ResNet-20": 3, "small VGG": 3},
-    budgets=(0.5, 0.25, 0.125),
-    trained_budgets={},
-    tables={"none": ARMS},
+    seeds={"ResNet-20": 5, "small VGG": 5},
+    budgets=BUDGETS,
+    trained_budgets={"ResNet-20": BUDGETS, "small VGG": BUDGETS},
+    tables={"none": ARMS, "equal FLOPs": {arm: Trained(ARMS[arm]) for arm in RECOVERED}},
     load=lambda name, seed, out: load(name, seed, DENSE),
 )
 
@@ -110,20 +112,14 @@ def trusted(name: str, seed: int, method: str) -> dict[str, Any]:
     return {"network": name, "seed": seed, "method": method, **facts}
 
 
+HEADINGS = {"none": "accuracy, no training steps", "equal FLOPs": "accuracy, after training of equal FLOPs"}
+
+
 def table(rows: list[dict[str, Any]], trust: list[dict[str, Any]]) -> str:
-    """Mean scores of each network and budget."""
-    scores: dict[tuple[str, float, str], list[float]] = defaultdict(list)
-    for row in rows:
-        name, _, budget, _, arm = row["key"]
-        scores[name, budget, arm].append(100 * row["score"])
-    cells = [(name, budget) for name in PLAN.seeds for budget in PLAN.budgets]
-    lines = ["| accuracy, no training steps | " + " | ".join(f"{name}, MACs {b:g}" for name, b in cells) + " |"]
-    lines.append("|---" * (len(cells) + 1) + "|")
-    for arm in ARMS:
-        values = [scores[name, budget, arm] for name, budget in cells]
-        lines.append(f"| {arm} | " + " | ".join(f"{statistics.mean(v):.1f}" if v else "-" for v in values) + " |")
-    seeds = {name: len({row["key"][1] for row in rows if row["key"][0] == name}) for name in PLAN.seeds}
-    lines += ["", "Means over " + ", ".join(f"{n} seeds of {name}" for name, n in seeds.items()) + "."]
+    """Mean scores of each network and budget, and how far sums can be trusted."""
+    lines = []
+    for kind, arms in PLAN.tables.items():
+        lines += scores_table(HEADINGS[kind], list(arms), [row for row in rows if row["key"][3] == kind])
     for method in METHODS:
         own = [t for t in trust if t["method"] == method]
         tau, ceiling, ratio = (statistics.mean(t[key] for t in own) for key in ("tau", "ceiling", "ratio"))
@@ -132,6 +128,25 @@ def table(rows: list[dict[str, Any]], trust: list[dict[str, Any]]) -> str:
             f"(ceiling {ceiling:.2f}), joint loss over sum {ratio:.2f}."
         )
     return "\n".join(lines) + "\n"
+
+
+def scores_table(heading: str, arms: list[str], rows: list[dict[str, Any]]) -> list[str]:
+    """One row for each arm, one column for each network and budget, over the seeds that have every arm."""
+    scores: dict[tuple[str, int, float], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        name, seed, budget, _, arm = row["key"]
+        scores[name, seed, budget][arm] = 100 * row["score"]
+    cells = [(name, budget) for name in PLAN.seeds for budget in BUDGETS]
+    full = {
+        (name, budget): [own for (n, _, b), own in scores.items() if (n, b) == (name, budget) and len(own) == len(arms)]
+        for name, budget in cells
+    }
+    lines = [f"| {heading} | " + " | ".join(f"{name}, MACs {b:g}" for name, b in cells) + " |"]
+    lines.append("|---" * (len(cells) + 1) + "|")
+    for arm in arms:
+        means = [f"{statistics.mean(own[arm] for own in full[cell]):.1f}" if full[cell] else "-" for cell in cells]
+        lines.append(f"| {arm} | " + " | ".join(means) + " |")
+    return [*lines, "| seeds | " + " | ".join(str(len(full[cell])) for cell in cells) + " |", ""]
 
 
 if __name__ == "__main__":
