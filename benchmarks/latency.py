@@ -152,7 +152,8 @@ def measured(name: str, engine: str) -> dict[str, Any]:
             budgeted[step] = mp.plan(graph, f"latency={BUDGET}", latency=table, round_to=step)
         except mp.BudgetInfeasible as error:
             budgets[step] = {"attainable": error.attainable}
-    quick = mp.plan(graph, f"latency={BUDGET}", allocator="dp", latency=table)
+    short = max([BUDGET, *((1 + facts["attainable"]) / 2 for facts in budgets.values())])
+    quick = mp.plan(graph, f"latency={short}", allocator="dp", latency=table)
     light = fewest_macs(graph, quick.provenance["solver"]["harm"])
     everything = [*plans, mp.Plan({}, graph.fingerprint), *budgeted.values(), quick, light]
     predicted = table.predictions(graph, everything)
@@ -188,7 +189,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """
     lines = [
         "| network | engine | within 15 % | apart from pace | Spearman | latency=0.6, measured | with round_to=8 "
-        "| least harm at 0.6, measured | fewest MACs of equal harm, measured |",
+        "| least harm at 0.6 or half way to it, measured | fewest MACs of equal harm, measured |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
