@@ -51,10 +51,10 @@ class Plan:
     load: Callable[[str, int, Path], Case] = load
 
     def rows(self, wanted: str = "") -> Iterator[Key]:
-        """The rows of all tables or of one, those of a case one after the other."""
-        for table, arms in self.tables.items():
-            for seed in range(max(self.seeds.values())):
-                for name, seeds in self.seeds.items():
+        """The rows of all tables or of one, seed by seed, those of a case one after the other."""
+        for seed in range(max(self.seeds.values())):
+            for name, seeds in self.seeds.items():
+                for table, arms in self.tables.items():
                     budgets = self.budgets if table == "none" else self.trained_budgets[name]
                     for budget in budgets if seed < seeds and wanted in ("", table) else ():
                         for arm in arms:
