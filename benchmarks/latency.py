@@ -1,7 +1,7 @@
 """Is a table of operators, each timed alone, a fair price list for a network and its cuts?
 
     python benchmarks/latency.py             # three networks, two engines; goes on where it was stopped
-    python benchmarks/latency.py --table     # results/latency.json from what is there
+    python benchmarks/latency.py --table     # results/latency.json and the README's table
 
 For each network and engine the sum of operator times is corrected on 10 networks (the whole one and 9 random cuts) and
 judged on 40 other random cuts, measured end to end: the user's own module in torch, an ONNX file in onnxruntime. Then a
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from ledger import appending, read_rows
-from report import provenance
+from report import provenance, put_table
 from torch import Tensor, nn
 
 import metaprune as mp
@@ -227,6 +227,7 @@ def main() -> None:
     if len(rows) == len(ENGINES) * len(NETWORKS):
         about = provenance("python benchmarks/latency.py", ("onnxruntime",))
         RESULTS.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        put_table("latency", f"{table(rows)}\n")
 
 
 if __name__ == "__main__":
