@@ -315,7 +315,7 @@ def _report_zoo(zoo: Zoo, as_json: bool) -> None:
     if as_json:
         _print_json({"folder": str(zoo.folder), "members": len(zoo), "families": families, **missing})
         return
-    headings = ("family", "members", "early", "pruned", "MMACs", "units", "accuracy, mean", "worst", "best")
+    headings = ("family", "members", "early", "pruned", "MMACs", "units", "accuracy", "worst", "best")
     table = Table(title=f"{zoo.folder}: {len(zoo)} members")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "family" else "right")

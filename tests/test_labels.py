@@ -134,7 +134,7 @@ def test_random_allocations_spread_over_the_budgets_and_keep_to_what_is_legal() 
     share = costs.evaluate("macs", counts) / costs.evaluate("macs", costs.sizes[None])
     assert LEAST * 0.7 <= share.min() < 0.2
     assert 0.35 < share.max() <= MOST
-    assert len({tuple(row) for row in labels.joint_kept.tolist()}) > 25
+    assert len({tuple(row) for row in labels.joint_kept.tolist()}) > 15
     by_cost = labels.joint_kept[torch.from_numpy(share.argsort())], torch.from_numpy(share.argsort() % 4)
     falls = [
         float((counts[:-1] > counts[1:]).any(1).double().mean())  # some group keeps fewer at a larger budget

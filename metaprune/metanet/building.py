@@ -1,8 +1,8 @@
 """Builds a zoo: random networks are trained, some also kept from early on or pruned, and all of them measured.
 
 A member depends on the seed and its number only, and appears in the zoo by the renaming of a finished folder. So a
-build that dies at any moment loses the member under way, a second one goes on, and several processes make what one
-does, to the bit on machines that compute alike.
+build that dies at any moment loses what is under way, the members and trainings that are not finished; a second one
+goes on, and several processes make what one does, to the bit on machines that compute alike.
 """
 
 from __future__ import annotations

@@ -47,11 +47,11 @@ def spread(work: Callable[[Item], Result], items: Sequence[Item], processes: int
                 item = busy.pop(channel)
                 try:
                     result = channel.recv()
+                    if waiting:
+                        busy[channel] = waiting.pop()
+                        channel.send(busy[channel])
                 except (EOFError, ConnectionError):
                     raise MetapruneError(f"processes: one died at {item}; what is done is kept") from None
-                if waiting:
-                    busy[channel] = waiting.pop()
-                    channel.send(busy[channel])
                 yield item, result
     finally:
         for process in started:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -34,6 +34,7 @@ MANIFEST, MEMBERS = "manifest.json", "members"
 FACTS, WEIGHTS, NETWORK, LABELS = "member.json", "weights.safetensors", "network", "labels.safetensors"
 _NAME = re.compile(r"[0-9]{4,6}-[a-z_]{1,40}(-[a-z]{1,20})?")
 _FILE = re.compile(r"(network/)?[a-z0-9-]{1,60}\.(safetensors|json)")
+Read = TypeVar("Read")
 _TEXTS = ("family", "kind", "data")
 _NUMBERS = ("macs", "units", "accuracy")
 
@@ -106,7 +107,7 @@ class Zoo:
         """Goes through the members that are whole; raises `MetapruneError` in the end if none is."""
         whole = 0
         for name in self.facts:
-            member = self._or_skipped(name)
+            member = self._or_skipped(name, self.member)
             if member is not None:
                 whole += 1
                 yield member
@@ -121,11 +122,9 @@ class Zoo:
             OptionError: There is none of that name, or the data it was trained on are not there.
             LoadError: It is broken; the message says how.
         """
-        facts = self._facts(name)
-        folder = self.folder / MEMBERS / name
-        check_files(folder, facts["files"])
+        model, facts = self._network(name), self.facts[name]
         given = source(facts["data"], self._directory)
-        return Member(name, facts["family"], given.task(network(folder, facts)), given.calibration, facts)
+        return Member(name, facts["family"], given.task(model), given.calibration, facts)
 
     def labels(self, name: str) -> Labels | None:
         """What was measured on a member; None where nothing was; for errors see `member`."""
@@ -137,9 +136,9 @@ class Zoo:
         return Labels.load(folder / LABELS)
 
     def check(self) -> None:
-        """Looks at every member, as iteration does, and notes the broken ones in `skipped`."""
+        """Looks at every member, as iteration does but without the data, and notes the broken ones in `skipped`."""
         for name in self.facts:
-            self._or_skipped(name)
+            self._or_skipped(name, self._network)
 
     def by_family(self) -> dict[str, dict[str, Any]]:
         """By family, without the members known to be broken: how many there are, of them early and pruned ones.
@@ -152,13 +151,20 @@ class Zoo:
                 found.setdefault(facts["family"], []).append(facts)
         return {family: _summary(found[family]) for family in sorted(found)}
 
-    def _or_skipped(self, name: str) -> Member | None:
-        """A member, or None and a note of why it is broken."""
+    def _or_skipped(self, name: str, read: Callable[[str], Read]) -> Read | None:
+        """What is read of a member, or None and a note of why it is broken."""
         try:
-            return self.member(name)
+            return read(name)
         except LoadError as error:
             self.skipped[name] = str(error)
             return None
+
+    def _network(self, name: str) -> nn.Module:
+        """The network of a member; for errors see `member`."""
+        facts = self._facts(name)
+        folder = self.folder / MEMBERS / name
+        check_files(folder, facts["files"])
+        return network(folder, facts)
 
     def _facts(self, name: str) -> Mapping[str, Any]:
         if name not in self.facts:
