@@ -152,6 +152,7 @@ def test_equal_seeds_give_equal_labels_and_leave_random_state_alone() -> None:
     assert all(torch.equal(a.ablation[name], b.ablation[name]) for name in a.sizes)
     assert torch.equal(a.joint, b.joint)
     assert not torch.equal(a.joint_kept, other.joint_kept)
+    assert measure(graph, [data.images[:8]], plans=0).joint_kept.shape == (0, len(a.sizes))
 
 
 def test_labels_round_trip_to_the_bit(tmp_path: Path) -> None:

@@ -170,6 +170,7 @@ def test_bad_options_are_refused_before_any_work(zoo: Zoo, tmp_path: Path) -> No
         ({"data": "cats"}, "data"),
         ({"data": "fashion-mnist", "directory": tmp_path}, "directory"),
         ({"seed": "x"}, "seed"),
+        ({"epochs": 0}, "epochs"),
     ]:
         with pytest.raises(OptionError, match=said):
             build(tmp_path / "new", **options)  # type: ignore[arg-type]

@@ -86,6 +86,8 @@ def build(
     for option, value, least in (("networks", networks, 1), ("processes", processes, 1), ("plans", plans, 0)):
         if type(value) is not int or value < least:
             raise OptionError(f"{option}: a whole number of at least {least} is needed, not {value!r}")
+    if epochs is not None and (type(epochs) is not int or epochs < 1):
+        raise OptionError(f"epochs: at least one pass is needed, not {epochs!r}")
     if type(seed) is not int:
         raise OptionError(f"seed: must be a whole number, not {seed!r}")
     folder, where = Path(out), None if directory is None else str(directory)
