@@ -25,6 +25,9 @@ import metaprune as mp
 from metaprune import demo as demonstration
 from metaprune import targets
 from metaprune.graphs.ir import Graph
+from metaprune.metanet.building import build as build_zoo
+from metaprune.metanet.sources import SOURCES
+from metaprune.metanet.zoo import Zoo
 from metaprune.planning import JUDGED
 from metaprune.search.allocate import ALLOCATORS
 from metaprune.training import Progress as Report
@@ -37,6 +40,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+zoo_app = typer.Typer(help="Zoos of small networks that a metanetwork learns from.", no_args_is_help=True)
+app.add_typer(zoo_app, name="zoo")
 
 Target = Annotated[str, typer.Argument(help="MODULE:FUNCTION returning (model, inputs), or a folder written by save.")]
 Protect = Annotated[list[str] | None, typer.Option(help="Keep these groups or tensors whole (glob, repeatable).")]
@@ -161,6 +166,37 @@ def explore(
     _report_front(front, out, as_json)
 
 
+@zoo_app.command()
+def build(
+    out: Annotated[Path, typer.Option(help="Folder of the zoo, to go on from.", file_okay=False)],
+    networks: Annotated[int, typer.Option(help="Members of the zoo.")] = 120,
+    data: Annotated[str, typer.Option(help=f"What they learn: {', '.join(SOURCES)} or both.")] = "fashion-mnist",
+    directory: Annotated[Path | None, typer.Option(help="Fashion-MNIST's files, if not the Debian package's.")] = None,
+    processes: Annotated[int, typer.Option(help="Processes of one thread each.")] = 1,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train random networks of many families and measure what losing their units costs."""
+    with _errors_in_one_line(debug):
+        with _bar("members") as bar:
+            zoo = build_zoo(out, networks, data, seed, processes, directory, progress=bar)
+        _report_zoo(zoo, as_json)
+
+
+@zoo_app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="Folder of a zoo.", file_okay=False)],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the members of a zoo by family, and those that are broken."""
+    with _errors_in_one_line(debug):
+        zoo = Zoo.open(folder)
+        zoo.check()
+        _report_zoo(zoo, as_json)
+
+
 def main() -> None:
     """Entry point of the console script; modules in the current directory can be named."""
     sys.path.insert(0, os.getcwd())
@@ -243,10 +279,10 @@ def _report(pruned: mp.Pruned, out: Path, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Report]:
+def _bar(steps: str = "evaluations") -> Iterator[Report]:
     """A progress bar on standard error, as a function of the steps done and the steps in all."""
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        row = bar.add_task("evaluations", total=None)
+        row = bar.add_task(steps, total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
 
 
@@ -271,6 +307,27 @@ def _report_front(front: mp.Front, out: Path | None, as_json: bool) -> None:
     for row in rows:
         table.add_row(*(f"{value:.4f}" for value in row.values()))
     Console().print(table)
+
+
+def _report_zoo(zoo: Zoo, as_json: bool) -> None:
+    families = zoo.by_family()
+    missing = {"skipped": dict(zoo.skipped), "failed": dict(zoo.failed)}
+    if as_json:
+        _print_json({"folder": str(zoo.folder), "members": len(zoo), "families": families, **missing})
+        return
+    headings = ("family", "members", "early", "pruned", "MMACs", "units", "accuracy", "worst", "best")
+    table = Table(title=f"{zoo.folder}: {len(zoo)} members")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "family" else "right")
+    for name, row in families.items():
+        counts = (str(row[key]) for key in ("members", "early", "pruned"))
+        accuracies = (f"{row[key]:.1%}" for key in ("accuracy", "worst", "best"))
+        table.add_row(name, *counts, f"{row['macs'] / 1e6:.2f}", f"{row['units']:.0f}", *accuracies)
+    console = Console()
+    console.print(table)
+    for what, reasons in missing.items():
+        for name, reason in reasons.items():
+            console.print(Text(f"{what}: {name}: {reason}"))
 
 
 def _cost(cost: Any) -> dict[str, int]:
