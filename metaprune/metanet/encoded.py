@@ -23,7 +23,7 @@ from metaprune.search.problem import Counts, Kept, least_kept
 from metaprune.selection import Choice
 from metaprune.statistics import Statistics
 
-CLOSED, CURVES, SURROGATE = "closed form", "predicted curves", "surrogate"
+CLOSED, PLAIN, COMPENSATED, SURROGATE = "closed form", "plain curves", "compensated curves", "surrogate"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +55,9 @@ class Encoded:
     def candidates(self, posed: Posed) -> dict[str, Choice]:
         """Different allocations for one budget by name: that of the closed form first, and those that are predicted.
 
-        The dynamic program on the predicted curves is exact for losses that add up. Where there is a surrogate, it
-        judges exchanges between groups from there, from the closed form's answer and from equal widths.
+        The dynamic program on predicted curves is exact for losses that add up. Where there are data, so that least
+        squares follow, it solves for the compensated curves too; and where there is a surrogate, that judges exchanges
+        between groups from each of these answers and from equal widths.
 
         Raises:
             BudgetInfeasible: No legal allocation is within the budget.
@@ -64,13 +65,14 @@ class Encoded:
         plain = posed.problem(replace(self.scores, curves=None))
         closed = criteria.find(self.scores.criterion).additive
         found = {CLOSED: find_allocator("cost" if closed else "global")(plain)}
-        curved = posed.problem(replace(self.scores, curves=self.plain if self.data is None else self.compensated))
         settled = posed.budget.width is not None or plain.excess(plain.sizes) <= 1
         if len(posed.free) and not settled:
-            found[CURVES] = find_allocator("dp")(curved)
+            curves = {PLAIN: self.plain} if self.data is None else {PLAIN: self.plain, COMPENSATED: self.compensated}
+            for name, own in curves.items():
+                found[name] = find_allocator("dp")(posed.problem(replace(self.scores, curves=own)))
             if self.surrogate is not None:
                 narrowed = replace(plain, minimum=least_kept(plain))
-                starts = [found[CURVES], found[CLOSED], uniform(narrowed)]
+                starts = [*found.values(), uniform(narrowed)]
                 ends = [exchanged(narrowed, lambda kept: self.losses(posed, kept), start) for start in starts]
                 for number, (kept, _) in enumerate(sorted(ends, key=lambda end: end[1]), 1):
                     found[f"{SURROGATE} {number}"] = kept

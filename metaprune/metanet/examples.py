@@ -213,7 +213,9 @@ def _members(zoo: Iterable[Any]) -> Iterator[tuple[str, str, Callable[[], Task]]
     for number, member in enumerate(zoo):
         if isinstance(member, Task):
             yield f"network-{number}", "", partial(_same, member)
-        elif all(hasattr(type(member), key) or key in vars(member) for key in ("name", "family", "task")):
+        elif all(
+            hasattr(type(member), key) or key in getattr(member, "__dict__", ()) for key in ("name", "family", "task")
+        ):
             yield str(member.name), str(member.family), partial(getattr, member, "task")
         else:
             raise OptionError(f"zoo: a Task or an object with name, family and task is needed, not {member!r:.80}")
