@@ -85,7 +85,7 @@ class Encoded:
         """Predicted losses in nats of allocations of the groups that may shrink, shape [allocations, free].
 
         The surrogate's members have to agree: their deviation counts on top of their mean, so that a search does not
-        end where one of them is wrong. Without a surrogate the curves are added up.
+        end where one of them is wrong. Without a surrogate curves are added up, with data the compensated ones.
         """
         names = list(self.description.sizes)
         whole = np.tile(np.array(list(self.description.sizes.values()), dtype=np.int64), (len(kept), 1))
@@ -94,7 +94,8 @@ class Encoded:
             members = self.surrogate(whole)
             found: Counts = np.exp(members.mean(0) + members.std(0))
             return found
-        total: Counts = np.stack([self.plain[name][whole[:, i]] for i, name in enumerate(names)]).sum(0)
+        curves = self.plain if self.data is None else self.compensated
+        total: Counts = np.stack([curves[name][whole[:, i]] for i, name in enumerate(names)]).sum(0)
         return total
 
     def predicted(self, posed: Posed, choices: Mapping[str, Choice]) -> dict[str, float]:

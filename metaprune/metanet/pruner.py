@@ -25,14 +25,14 @@ from metaprune.graphs.plan import Plan
 from metaprune.judge import Judge
 from metaprune.latency import LatencyTable
 from metaprune.metanet.describe import Encoder, describe, observe
-from metaprune.metanet.encoded import CLOSED, SURROGATE, Encoded, scored
+from metaprune.metanet.encoded import CLOSED, Encoded, scored
 from metaprune.metanet.examples import DATA, WEIGHTS
 from metaprune.metanet.predictor import Predictor
 from metaprune.metanet.schema import Schema
 from metaprune.planning import Posed, pose
 from metaprune.reconstruction import reconstruct
 from metaprune.search.front import Front, Point
-from metaprune.selection import Choice, nearest
+from metaprune.selection import nearest
 
 SCHEMA = 1
 DEFAULT = Path(metaprune.__file__).resolve().parents[1] / "checkpoints" / "default.safetensors"
@@ -103,14 +103,14 @@ class MetaPruner:
         """Decides what stays of a network that was encoded.
 
         With data the predicted allocations and that of the closed form are cut, fitted on some samples and compared on
-        others, and the best is taken; without, the one whose predicted loss is least. What was compared is in the
-        plan's provenance under `"guard"`. The other arguments and errors are those of `metaprune.plan`.
+        others, and the best is taken; without, the one by the predicted curves. What was compared is in the plan's
+        provenance under `"guard"`. The other arguments and errors are those of `metaprune.plan`.
         """
         posed = pose(encoded.graph, budget, round_to, protect, only, kinds, encoded.seed, latency)
         choices = encoded.candidates(posed)
         predicted = encoded.predicted(posed, choices)
         if encoded.judge is None or len(choices) == 1:
-            best, losses = _least(choices, predicted), dict[str, float]()
+            best, losses = list(choices.values())[-1], dict[str, float]()
         else:
             best, losses = nearest(posed.groups, list(choices.values()), encoded.judge)
             self.guard[CLOSED if best.name == CLOSED else "predicted"] += 1
@@ -237,12 +237,6 @@ def _about(encoded: Encoded) -> dict[str, Any]:
         "criterion": encoded.scores.criterion,
         "samples": encoded.scores.samples,
     }
-
-
-def _least(choices: Mapping[str, Choice], predicted: Mapping[str, float]) -> Choice:
-    """The choice of least predicted loss; of allocations by curves alone the exact one comes last and is taken."""
-    names = [name for name in choices if name != CLOSED] or list(choices)
-    return choices[min(names, key=lambda name: (predicted[name], name.startswith(SURROGATE)))]
 
 
 def _budgets(encoded: Encoded, points: int) -> list[str]:
