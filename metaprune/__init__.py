@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from metaprune.graphs.errors import BudgetInfeasible, MetapruneError
     from metaprune.graphs.plan import Plan
     from metaprune.latency import LatencyTable
+    from metaprune.metanet.fitting import fit
+    from metaprune.metanet.pruner import MetaPruner
     from metaprune.prune_aware import train_tolerant
     from metaprune.reconstruction import reconstruct
     from metaprune.recovery import recalibrate, recover
@@ -40,6 +42,7 @@ __all__ = [
     "Certificate",
     "Front",
     "LatencyTable",
+    "MetaPruner",
     "MetapruneError",
     "Plan",
     "Pruned",
@@ -55,6 +58,7 @@ __all__ = [
     "evaluate",
     "explore",
     "fashion_mnist",
+    "fit",
     "load",
     "measure_latency",
     "obs_update",
@@ -84,6 +88,8 @@ _HOMES = {
     "metaprune.graphs.errors": ("BudgetInfeasible", "MetapruneError"),
     "metaprune.graphs.plan": ("Plan",),
     "metaprune.latency": ("LatencyTable",),
+    "metaprune.metanet.fitting": ("fit",),
+    "metaprune.metanet.pruner": ("MetaPruner",),
     "metaprune.brain_surgeon": ("obs_update",),
     "metaprune.prune_aware": ("train_tolerant",),
     "metaprune.reconstruction": ("reconstruct",),

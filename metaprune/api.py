@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -213,11 +213,32 @@ def prune(
         data = repeatable(data)
     planned_on = data if uses_data(criterion, allocator) or not reconstruct else None
     graph = model if isinstance(model, Graph) else trace(model, inputs)
+
+    def planned(whole: Sequence[str]) -> Plan:
+        return plan(graph, budget, criterion, allocator, planned_on, round_to, whole, only, kinds, seed, latency)
+
+    pruned = carried_out(graph, planned, protect, certify)
+    return fit_weights(pruned, data, seed=seed) if reconstruct else pruned
+
+
+def carried_out(
+    graph: Graph, planned: Callable[[Sequence[str]], Plan], protect: Iterable[str] = (), certify: bool = True
+) -> Pruned:
+    """Applies a plan; where its certificate fails, makes it again with the groups at fault kept whole.
+
+    Args:
+        graph: The network.
+        planned: Gives the plan that keeps groups and tensors whole that match some globs.
+        protect: Globs to begin with.
+        certify: Whether to prove the cut.
+
+    Raises:
+        CertificateError: The cut fails, and no groups can be found that are at fault.
+    """
     protected = [protect] if isinstance(protect, str) else list(protect)
     blamed: list[str] = []
     while True:
-        kept_whole = [*protected, *map(_literal, blamed)]
-        made = plan(graph, budget, criterion, allocator, planned_on, round_to, kept_whole, only, kinds, seed, latency)
+        made = planned([*protected, *map(_literal, blamed)])
         try:
             pruned = apply(graph, made, certify)
         except CertificateError:
@@ -227,8 +248,7 @@ def prune(
             blamed += found
             continue
         notes = [f"group {name} is kept whole: cutting it fails the certificate" for name in blamed]
-        pruned = replace(pruned, notes=(*notes, *pruned.notes))
-        return fit_weights(pruned, data, seed=seed) if reconstruct else pruned
+        return replace(pruned, notes=(*notes, *pruned.notes))
 
 
 def load(directory: str | Path, into: nn.Module | None = None) -> nn.Module:

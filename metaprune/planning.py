@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from metaprune import criteria
 from metaprune.curves import Sensitivity
+from metaprune.graphs.cost import Costs
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.groups import Group
 from metaprune.graphs.ir import Graph
@@ -54,47 +55,97 @@ def make_plan(
     latency: LatencyTable | None = None,
 ) -> Plan:
     """See `metaprune.plan`; scores of the units that are there already are given as `criterion`, without data."""
-    goal = Budget.parse(budget)
     allocator, natural = _resolved(criterion, allocator, data)
+    posed = pose(graph, budget, round_to, protect, only, kinds, seed, latency)
+    found = _ranked(graph, posed.groups, criterion, allocator, data, seed)
+    problem = posed.problem(found)
+    chosen = _chosen(graph, posed.groups, problem, found.criterion, allocator, natural, data)
+    provenance: dict[str, Any] = {"criterion": found.criterion, "allocator": allocator, "samples": found.samples}
+    if found.about:
+        provenance["curves"] = dict(found.about)
+    if problem.record:
+        provenance[MEASURED if allocator == MEASURED else "solver"] = problem.record
+    return posed.plan(chosen, provenance)
+
+
+@dataclass(frozen=True, eq=False)
+class Posed:
+    """What a plan is asked for, before anything is known of the units.
+
+    Attributes:
+        graph: The network.
+        budget: The budget.
+        groups: The groups that may shrink.
+        free: Their indices among the graph's groups.
+        costs: Cost polynomials, with measured latency where it counts.
+        step: For each of these groups, the step its kept count moves in.
+        minimum: For each, the least kept count.
+        options: What was asked, for the plan's provenance.
+        latency: Table of measured operators, if any.
+    """
+
+    graph: Graph
+    budget: Budget
+    groups: Sequence[Group]
+    free: Sequence[int]
+    costs: Costs
+    step: Kept
+    minimum: Kept
+    options: Mapping[str, Any]
+    latency: LatencyTable | None = None
+
+    def problem(self, scores: Scores) -> Problem:
+        """The problem of an allocator, with the scores, and curves if any, of units of at least these groups."""
+        units = [scores.units[group.name] for group in self.groups]
+        curves = None if scores.curves is None else [scores.curves[group.name] for group in self.groups]
+        return Problem(self.costs, self.free, units, self.budget, self.step, self.minimum, self.options["seed"], curves)
+
+    def plan(self, chosen: Choice, provenance: Mapping[str, Any]) -> Plan:
+        """The plan of a choice; its provenance has the options too."""
+        costs = self.costs
+        counts = costs.sizes.copy()
+        counts[list(self.free)] = chosen.kept
+        reached = {
+            c: _fraction(costs.evaluate(c, counts[None])[0], costs.evaluate(c, costs.sizes[None])[0])
+            for c in costs.terms
+        }
+        about = {**provenance, **self.options}
+        if self.latency is not None:
+            whole, cut = self.latency.predictions(self.graph, [costs.sizes, counts])
+            about["latency"] = {**self.latency.provenance(self.graph), "predicted": _fraction(cut, whole)}
+        return Plan(chosen.keep(self.groups), self.graph.fingerprint, self.budget.text, reached, about)
+
+
+def pose(
+    graph: Graph,
+    budget: str = "macs=0.5",
+    round_to: int = 1,
+    protect: Iterable[str] = (),
+    only: Iterable[str] = (),
+    kinds: Sequence[str] | None = None,
+    seed: int = 0,
+    latency: LatencyTable | None = None,
+) -> Posed:
+    """Reads the options of a plan; arguments and errors are those of `metaprune.plan`."""
+    goal = Budget.parse(budget)
     if type(seed) is not int:
         raise OptionError(f"seed: must be a whole number, not {seed!r}")
     protect, only = patterns("protect", protect), patterns("only", only)
     kinds = None if kinds is None else patterns("kinds", kinds)
     free, step, least = may_shrink(graph, round_to, protect, only, kinds)
-    groups = [graph.groups[i] for i in free]
-    found = _ranked(graph, groups, criterion, allocator, data, seed)
-    scores = [found.units[group.name] for group in groups]
-    curves = None if found.curves is None else [found.curves[group.name] for group in groups]
     costs = graph.coupling.costs
     if latency is None and any(name == "latency" for name, _ in goal.limits):
         latency = LatencyTable()
     if latency is not None:
         costs = costs.extended({"latency": latency.terms(graph, _steps(graph, free, step), seed=seed)})
-    problem = Problem(costs, free, scores, goal, step, least, seed, curves)
-    chosen = _chosen(graph, groups, problem, found.criterion, allocator, natural, data)
-    counts = costs.sizes.copy()
-    counts[free] = chosen.kept
-    reached = {
-        c: _fraction(costs.evaluate(c, counts[None])[0], costs.evaluate(c, costs.sizes[None])[0]) for c in costs.terms
-    }
-    provenance: dict[str, Any] = {
-        "criterion": found.criterion,
-        "allocator": allocator,
-        "samples": found.samples,
+    options = {
         "round_to": round_to,
         "protect": list(protect),
         "only": list(only),
         "kinds": None if kinds is None else list(kinds),
         "seed": seed,
     }
-    if found.about:
-        provenance["curves"] = dict(found.about)
-    if problem.record:
-        provenance[MEASURED if allocator == MEASURED else "solver"] = problem.record
-    if latency is not None:
-        whole, cut = latency.predictions(graph, [costs.sizes, counts])
-        provenance["latency"] = {**latency.provenance(graph), "predicted": _fraction(cut, whole)}
-    return Plan(chosen.keep(groups), graph.fingerprint, goal.text, reached, provenance)
+    return Posed(graph, goal, [graph.groups[i] for i in free], free, costs, step, least, options, latency)
 
 
 def _steps(graph: Graph, free: Sequence[int], step: Kept) -> Kept:

@@ -1,1 +1,1 @@
-"""The graph metanetwork: trained once on a zoo of networks, it prunes networks it has never seen."""
+"""The metanetwork: a zoo of measured networks, and what is learned from it about pruning others."""

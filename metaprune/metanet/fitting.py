@@ -1,0 +1,223 @@
+"""Fits the heads on a zoo: families held out one at a time say how long to train and how good the predictions are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaprune.graphs.errors import OptionError
+from metaprune.metanet import figures
+from metaprune.metanet.crossfit import Setting, folds
+from metaprune.metanet.describe import Encoder
+from metaprune.metanet.ensembles import Course
+from metaprune.metanet.examples import DATA, SIGHTS, Example, Making, Measure, gather
+from metaprune.metanet.heads import Allocations, Regressor, Surrogate, logarithm, overall_features, parts_of
+from metaprune.metanet.predictor import ABLATION, CURVES, JOINT, Curves, Predictor, losses
+from metaprune.metanet.pruner import MetaPruner
+from metaprune.statistics import SAMPLES
+from metaprune.training import Progress
+
+HEADS = (CURVES, JOINT)
+MEMBERS = 3
+
+
+def fit(
+    zoo: Iterable[Any],
+    heads: Sequence[str] = HEADS,
+    out: str | Path | None = None,
+    seed: int = 0,
+    *,
+    samples: int = SAMPLES,
+    members: int = MEMBERS,
+    course: Course | None = None,
+    encoder: Encoder | None = None,
+    states: int = 0,
+    measure: Measure | None = None,
+    progress: Progress | None = None,
+) -> MetaPruner:
+    """Learns from networks on which it was measured what pruning costs, for networks that nobody has measured.
+
+    Every head is fitted with all families but one, for each family, and with all of them, in one training; its length
+    is that which serves the families held out best, so the figures on them are of a choice of one number among a few
+    that was made on them too. The surrogate learns from curves that were predicted by heads that had not seen the
+    network's family, as it will have to use such curves.
+
+    Args:
+        zoo: Tasks, or objects with `name`, `family` and `task`. Labels are taken from the zoo's `labels(name)` where it
+            has that and it returns some, else they are measured.
+        heads: `"curves"`: losses of cutting single groups, plain and compensated, and of silencing single units;
+            `"joint"`: loss of a whole allocation after least squares.
+        out: Folder in which features, labels and checkpoints are kept. A fit that was killed, called again with the
+            same arguments, goes on and gives what it would have given, to the bit.
+        seed: Of every random choice.
+        samples: Samples that features are of, at most.
+        members: Networks in each ensemble.
+        course: How long and how fast heads are trained.
+        encoder: Gives further states of the units, shape [size, states] by group, as features.
+        states: Width of these.
+        measure: Function of a graph and data that labels a network; by default `metaprune.metanet.labels.measure`.
+        progress: Called after each network with the number done and that of all, 0 where it is not known.
+
+    Raises:
+        MetapruneError: The zoo is empty, or nothing in it can be used; members that can not are skipped with a warning,
+            and named in the card of what is returned.
+        OptionError: An option has no meaning, or `out` belongs to another fit.
+    """
+    chosen = _checked(heads, seed, samples, members, encoder, states)
+    folder = None if out is None else Path(out)
+    measure = measure or _measure(seed)
+    making = Making(measure, seed, samples, encoder, states)
+    examples, skipped = gather(zoo, making, None if folder is None else folder / "examples", progress)
+    setting = Setting(tuple(examples), folds(examples), members, course or Course(), seed, folder)
+    predictors, validation = {}, {}
+    for sight in SIGHTS:
+        predictors[sight], validation[sight] = _fitted(setting, sight, JOINT in chosen and sight == DATA)
+    card = {
+        "heads": list(chosen),
+        "zoo": {"networks": [[e.name, e.family] for e in examples], "digest": setting.digest, "skipped": skipped},
+        "validation": validation,
+        "seed": seed,
+        "samples": samples,
+        "members": members,
+        "states": states,
+        "course": asdict(setting.course),
+    }
+    return MetaPruner(predictors, card, encoder)
+
+
+def _checked(
+    heads: Sequence[str], seed: int, samples: int, members: int, encoder: Encoder | None, states: int
+) -> tuple[str, ...]:
+    chosen = (heads,) if isinstance(heads, str) else tuple(heads)
+    for head in chosen:
+        if head not in HEADS:
+            raise OptionError(f"heads: {head!r} is none of {', '.join(HEADS)}")
+    if CURVES not in chosen:
+        raise OptionError(f"heads: {CURVES!r} is needed, as all others build on it")
+    if type(seed) is not int:
+        raise OptionError(f"seed: must be a whole number, not {seed!r}")
+    for option, value, least in (("samples", samples, 1), ("members", members, 1), ("states", states, 0)):
+        if type(value) is not int or value < least:
+            raise OptionError(f"{option}: a whole number of at least {least} is needed, not {value!r}")
+    if (encoder is None) != (states == 0):
+        raise OptionError("states: the width of an encoder's states, and 0 without an encoder")
+    return chosen
+
+
+def _measure(seed: int) -> Measure:
+    """What measures labels unless told otherwise, loaded when the first network asks."""
+
+    def measure(graph: Any, data: Any) -> Any:
+        return import_module("metaprune.metanet.labels").measure(graph, data, seed=seed)
+
+    return measure
+
+
+def _fitted(setting: Setting, sight: str, joint: bool) -> tuple[Predictor, dict[str, Any]]:
+    """The heads of one sight, and how they do on families held out."""
+    described = [example.described[sight] for example in setting.examples]
+    schema = described[0].schema
+    curves, about_curves = _regressor(setting, f"{sight}-{CURVES}", *_curve_rows(setting.examples, sight))
+    ablation, about_ablation = _regressor(setting, f"{sight}-{ABLATION}", *_unit_rows(setting.examples, sight))
+    final = len(setting.folds) - 1
+    predicted = []
+    for number, example in enumerate(setting.examples):
+        model = setting.of_fold(curves, setting.fold_of(number))
+        predicted.append(losses(model, described[number], example.minima))
+    validation = {
+        CURVES: {**about_curves, **figures.of_curves(setting, predicted)},
+        ABLATION: {**about_ablation, **figures.of_ablation(setting, ablation, sight)},
+    }
+    surrogate = None
+    if joint:
+        allocations = [allocations_of(e, sight, *own) for e, own in zip(setting.examples, predicted, strict=True)]
+        every, about = _surrogate(setting, f"{sight}-{JOINT}", allocations)
+        validation[JOINT] = {**about, **figures.of_joint(setting, every, allocations)}
+        surrogate = setting.of_fold(every, final)
+    return Predictor(schema, setting.of_fold(curves, final), setting.of_fold(ablation, final), surrogate), validation
+
+
+def _curve_rows(examples: Sequence[Example], sight: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, targets and example of every measured cut; those of a network that gave no number are left out."""
+    values, targets, owner = [], [], []
+    for number, example in enumerate(examples):
+        for name, levels in example.levels.items():
+            found = torch.stack([example.plain[name], example.compensated[name]], dim=1)
+            use = torch.isfinite(found).all(1) & (levels < len(example.ablation[name]))
+            values.append(example.described[sight].cuts[name][levels[use].long()])
+            targets.append(logarithm(found[use]))
+            owner += [number] * int(use.sum())
+    return torch.cat(values), torch.cat(targets), torch.tensor(owner)
+
+
+def _unit_rows(examples: Sequence[Example], sight: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, targets and example of every unit that was silenced."""
+    values, targets, owner = [], [], []
+    for number, example in enumerate(examples):
+        for name, found in example.ablation.items():
+            use = torch.isfinite(found)
+            values.append(example.described[sight].units[name][use])
+            targets.append(logarithm(found[use])[:, None])
+            owner += [number] * int(use.sum())
+    return torch.cat(values), torch.cat(targets), torch.tensor(owner)
+
+
+def _regressor(
+    setting: Setting, name: str, values: Tensor, targets: Tensor, owner: Tensor
+) -> tuple[Regressor, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(setting.seed)
+    seen = setting.seen(owner)
+    model = Regressor(len(seen), values.shape[1], targets.shape[1], generator)
+    model.learn(values, targets, seen)
+
+    def errors(function: Callable[..., Tensor], rows: Tensor) -> Tensor:
+        gaps = (function(values[rows]) - targets[rows]) / model.spread[:, None]
+        return gaps.square().mean(2)
+
+    trained = setting.train(name, model, errors, seen)
+    return model, {"rows": len(values), "steps": trained.step, "history": trained.history}
+
+
+def allocations_of(example: Example, sight: str, plain: Curves, compensated: Curves) -> tuple[Allocations, Tensor]:
+    """Features of the allocations that were measured on a network, and the logarithms of their losses."""
+    described = example.described[sight]
+    use = torch.isfinite(example.joint)
+    kept = example.joint_kept[use]
+    names = list(described.sizes)
+    parts = torch.stack(
+        [parts_of(described.cuts[n], plain[n], compensated[n])[kept[:, i]] for i, n in enumerate(names)], dim=1
+    )
+    pull = torch.stack([described.pulls[name][kept[:, i]] for i, name in enumerate(names)]).sum(0)
+    columns = [
+        torch.from_numpy(np.stack([own[n][kept[:, i].numpy()] for i, n in enumerate(names)], axis=1))
+        for own in (plain, compensated)
+    ]
+    sizes = torch.tensor(list(described.sizes.values()))
+    overall = overall_features(columns[0], columns[1], 0.5 * pull.square().mean(1), kept / sizes)
+    owner = torch.arange(len(kept)).repeat_interleave(len(names))
+    return Allocations(parts.flatten(0, 1), owner, overall), logarithm(example.joint[use])
+
+
+def _surrogate(
+    setting: Setting, name: str, found: Sequence[tuple[Allocations, Tensor]]
+) -> tuple[Surrogate, dict[str, Any]]:
+    every = Allocations.joined([values for values, _ in found])
+    targets = torch.cat([target for _, target in found])
+    owner = torch.tensor([number for number, (_, target) in enumerate(found) for _ in target])
+    generator = torch.Generator().manual_seed(setting.seed)
+    seen = setting.seen(owner)
+    model = Surrogate(len(seen), every.parts.shape[1] - 2, generator)
+    model.learn(every, targets, seen)
+
+    def errors(function: Callable[..., Tensor], rows: Tensor) -> Tensor:
+        return ((function(every.taken(rows)) - targets[rows]) / model.spread).square()
+
+    trained = setting.train(name, model, errors, seen)
+    return model, {"rows": len(targets), "steps": trained.step, "history": trained.history}

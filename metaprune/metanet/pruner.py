@@ -1,0 +1,249 @@
+"""The metanetwork at work: networks that it has not seen are pruned in one pass, for one budget or many."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+
+import metaprune
+from metaprune.api import Pruned, carried_out, trace
+from metaprune.calibration import repeatable
+from metaprune.graphs.errors import LoadError, OptionError
+from metaprune.graphs.files import write_atomically
+from metaprune.graphs.ir import Graph
+from metaprune.graphs.plan import Plan
+from metaprune.judge import Judge
+from metaprune.latency import LatencyTable
+from metaprune.metanet.describe import Encoder, describe, observe
+from metaprune.metanet.encoded import CLOSED, Encoded, scored
+from metaprune.metanet.examples import DATA, WEIGHTS
+from metaprune.metanet.predictor import Predictor
+from metaprune.metanet.schema import Schema
+from metaprune.planning import Posed, pose
+from metaprune.reconstruction import reconstruct
+from metaprune.search.front import Front, Point
+from metaprune.selection import nearest
+
+SCHEMA = 1
+DEFAULT = Path(metaprune.__file__).resolve().parents[1] / "checkpoints" / "default.safetensors"
+_LARGEST, _LEAST = 0.9, 0.05  # kept multiply-adds at the ends of a front unless told otherwise
+
+
+class MetaPruner:
+    """Heads that predict what pruning costs, and the pruning that they steer; `metaprune.fit` makes one.
+
+    Attributes:
+        predictors: Heads by what they look at: `"data"` or the `"weights"` alone.
+        card: What they were fitted on, and how well they predict families held out.
+        encoder: Of further unit states, where the heads were fitted with one.
+        guard: How often the closed form's plan was kept and how often a predicted one, of those that were compared.
+    """
+
+    def __init__(
+        self, predictors: Mapping[str, Predictor], card: Mapping[str, Any], encoder: Encoder | None = None
+    ) -> None:
+        if bool(card.get("states")) != (encoder is not None):
+            raise OptionError("encoder: the heads were fitted " + ("without one" if encoder else "with one"))
+        self.predictors = dict(predictors)
+        self.card = dict(card)
+        self.encoder = encoder
+        self.guard: Counter[str] = Counter()
+
+    def encode(self, model: Any, inputs: Any = None, data: Any = None, seed: int = 0) -> Encoded:
+        """Looks at a network once, for any number of plans.
+
+        Args:
+            model: The network, or its `Graph`.
+            inputs: An example input, see `metaprune.trace`.
+            data: Batches of inputs or of (inputs, labels), labels are not looked at; None to look at the weights alone.
+            seed: Of what is drawn.
+
+        Raises:
+            OptionError: The data do not fit the network.
+            MetapruneError: The network has values that are not finite.
+        """
+        data = None if data is None else repeatable(data)
+        graph = model if isinstance(model, Graph) else trace(model, inputs)
+        predictor = self.predictors[WEIGHTS if data is None else DATA]
+        statistics = None if data is None else observe(graph, data, self.card.get("samples", 256), seed)
+        scores = scored(graph, "magnitude" if data is None else "fisher_block", statistics)
+        order = {name: torch.from_numpy(values.argsort(kind="stable")) for name, values in scores.units.items()}
+        described = describe(graph, order, statistics, self.encoder)
+        minima = {group.name: group.minimum for group in graph.groups if not group.pinned}
+        if described.schema != predictor.schema:
+            raise OptionError("encoder: its states have another width than those that the heads were fitted with")
+        outside = predictor.outside(described, minima) if minima else []
+        if outside:
+            warnings.warn(f"outside the range of the zoo, taken as at its edge: {', '.join(outside)}", stacklevel=2)
+        plain, compensated = predictor.losses(described, minima)
+        surrogate = predictor.surrogate(described, plain, compensated) if data is not None and minima else None
+        judge = None if data is None else Judge(graph, data, seed=seed)
+        return Encoded(graph, data, scores, described, plain, compensated, surrogate, seed, judge)
+
+    def plan(
+        self,
+        encoded: Encoded,
+        budget: str = "macs=0.5",
+        round_to: int = 1,
+        protect: Iterable[str] = (),
+        only: Iterable[str] = (),
+        kinds: Sequence[str] | None = None,
+        latency: LatencyTable | None = None,
+    ) -> Plan:
+        """Decides what stays of a network that was encoded.
+
+        With data the predicted allocations and that of the closed form are cut, fitted on some samples and compared on
+        others, and the best is taken; without, the one by the predicted curves. What was compared is in the plan's
+        provenance under `"guard"`. The other arguments and errors are those of `metaprune.plan`.
+        """
+        posed = pose(encoded.graph, budget, round_to, protect, only, kinds, encoded.seed, latency)
+        choices = encoded.candidates(posed)
+        predicted = encoded.predicted(posed, choices)
+        if encoded.judge is None or len(choices) == 1:
+            best, losses = list(choices.values())[-1], dict[str, float]()
+        else:
+            best, losses = nearest(posed.groups, list(choices.values()), encoded.judge)
+            self.guard[CLOSED if best.name == CLOSED else "predicted"] += 1
+        guard = {"kept": best.name, "measured": losses, "predicted": predicted}
+        return posed.plan(best, {**_about(encoded), "guard": guard})
+
+    def prune(
+        self,
+        model: Any,
+        inputs: Any = None,
+        budget: str = "macs=0.5",
+        data: Any = None,
+        round_to: int = 1,
+        protect: Iterable[str] = (),
+        only: Iterable[str] = (),
+        kinds: Sequence[str] | None = None,
+        seed: int = 0,
+        certify: bool = True,
+        latency: LatencyTable | None = None,
+    ) -> Pruned:
+        """Encodes, plans, cuts and certifies; with data the weights of what remains are fitted by least squares.
+
+        Args, beyond those of `encode`, `plan` and `metaprune.prune`: model: What `encode` returned is accepted too, so
+            that one pass serves many budgets; its data and seed count then.
+        """
+        encoded = model if isinstance(model, Encoded) else self.encode(model, inputs, data, seed)
+
+        def planned(whole: Sequence[str]) -> Plan:
+            return self.plan(encoded, budget, round_to, whole, only, kinds, latency)
+
+        pruned = carried_out(encoded.graph, planned, protect, certify)
+        return pruned if encoded.data is None else reconstruct(pruned, encoded.data, seed=encoded.seed)
+
+    def front(
+        self,
+        model: Any,
+        inputs: Any = None,
+        budgets: Sequence[str] | None = None,
+        data: Any = None,
+        points: int = 12,
+        seed: int = 0,
+    ) -> Front:
+        """The predicted front of loss and multiply-adds, from one pass; nothing is cut or measured.
+
+        Args:
+            model: As for `prune`.
+            inputs: As for `prune`.
+            budgets: What is asked for; by default kept multiply-adds at equal ratios, from 0.9 down to a twentieth or
+                what can be attained.
+            data: As for `prune`.
+            points: Number of budgets where none are given.
+            seed: Of what is drawn.
+
+        Returns:
+            A front of `"distortion"`, predicted in nats, and `"macs"`; a start for `metaprune.explore`.
+        """
+        encoded = model if isinstance(model, Encoded) else self.encode(model, inputs, data, seed)
+        if type(points) is not int or points < 1:
+            raise OptionError(f"points: a positive whole number is needed, not {points!r}")
+        found = []
+        for budget in _budgets(encoded, points) if budgets is None else budgets:
+            posed = pose(encoded.graph, budget, seed=encoded.seed)
+            choices = encoded.candidates(posed)
+            predicted = encoded.predicted(posed, choices)
+            for name, choice in choices.items():
+                plan = posed.plan(choice, _about(encoded))
+                if math.isfinite(predicted[name]):
+                    found.append(Point((predicted[name], plan.reached["macs"]), plan, info={"predicted": True}))
+        return Front.of(("distortion", "macs"), found, provenance={**_about(encoded), "seed": encoded.seed})
+
+    def save(self, path: str | Path) -> None:
+        """Writes safetensors, atomically, with the card as JSON in their metadata; the encoder is not in it."""
+        tensors = {
+            f"{sight}.{name}": value
+            for sight, predictor in self.predictors.items()
+            for name, value in predictor.tensors().items()
+        }
+        schemas = {sight: predictor.schema.digest for sight, predictor in self.predictors.items()}
+        versions = {"metaprune": metaprune.__version__, "torch": torch.__version__}
+        card = {"schema": SCHEMA, "features": schemas, "versions": versions, **self.card}
+        write_atomically(Path(path), save_tensors(tensors, {"card": json.dumps(card)}))
+
+    @staticmethod
+    def load(path: str | Path = "default", encoder: Encoder | None = None) -> MetaPruner:
+        """Reads what `save` wrote.
+
+        Args:
+            path: The file, or `"default"` for the checkpoint that comes with metaprune.
+            encoder: That with which the heads were fitted, where they were.
+
+        Raises:
+            LoadError: The file is missing, damaged, or of other features than this version computes.
+            OptionError: An encoder is missing, or there should be none.
+        """
+        file = DEFAULT if str(path) == "default" else Path(path)
+        if str(path) == "default" and not file.exists():
+            raise LoadError("default: this installation comes without a checkpoint; make one with metaprune.fit")
+        try:
+            with safe_open(file, "pt") as opened:
+                card = json.loads((opened.metadata() or {})["card"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+            if card.pop("schema") != SCHEMA:
+                raise LoadError(f"{path}: schema {SCHEMA} is needed")
+            features, states = dict(card.pop("features")), int(card["states"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise LoadError(f"{path}: no checkpoint of a pruner: {' '.join(str(error).split())}") from None
+        predictors = {}
+        for sight, digest in features.items():
+            schema = Schema.of(sight == DATA, states)
+            if schema.digest != digest:
+                raise LoadError(f"{path}: fitted on other features than this version of metaprune computes; fit again")
+            own = {
+                name.removeprefix(f"{sight}."): value for name, value in tensors.items() if name.startswith(f"{sight}.")
+            }
+            predictors[sight] = Predictor.of(schema, own)
+        return MetaPruner(predictors, card, encoder)
+
+
+def _about(encoded: Encoded) -> dict[str, Any]:
+    sight = WEIGHTS if encoded.data is None else DATA
+    return {
+        "method": "metanetwork",
+        "features": sight,
+        "criterion": encoded.scores.criterion,
+        "samples": encoded.scores.samples,
+    }
+
+
+def _budgets(encoded: Encoded, points: int) -> list[str]:
+    posed: Posed = pose(encoded.graph, "macs=1", seed=encoded.seed)
+    problem = posed.problem(encoded.scores)
+    costs = posed.costs
+    counts = problem.full(np.maximum(problem.minimum, np.ceil(_LEAST * problem.sizes).astype(np.int64))[None])
+    least = costs.evaluate("macs", counts)[0] / max(costs.evaluate("macs", costs.sizes[None])[0], 1.0)
+    low = min(_LARGEST, max(_LEAST, 1.02 * float(least)))
+    return [f"macs={fraction!r}" for fraction in np.geomspace(low, _LARGEST, points).tolist()]
