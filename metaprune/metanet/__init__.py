@@ -1,0 +1,1 @@
+"""The graph metanetwork: a network that reads networks."""
