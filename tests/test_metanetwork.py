@@ -14,11 +14,16 @@ from metaprune.metanet.canonical import canonical
 from metaprune.metanet.edge_list import EdgeListExchange
 from metaprune.metanet.engine import Metanetwork
 from metaprune.metanet.exchange import DenseExchange
+from metaprune.metanet.rewrite import Rewriter
 from metaprune.metanet.weight_graph import WeightGraph
 from tests.support import oracle
-from tests.support.units import NAMES, orders, reordered, weights
+from tests.support.units import orders, reordered, weights
 
 States = dict[str, Tensor]
+NAMES = """
+    resnet inverted_residual depthwise_multiplier grouped_chain dense_block flatten_batch_norm vision_transformer
+    grouped_queries stacked_experts lstm
+""".split()
 
 
 @cache
@@ -42,7 +47,7 @@ def test_the_order_of_units_does_not_matter(name: str) -> None:
     graph, _ = weights(name)
     order = orders(graph.graph)
     moved = reordered(graph, order)
-    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-6 * 10)):
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-6)):
         one, other = (graph, moved) if dtype == torch.float64 else (single(graph), single(moved))
         net = metanetwork(dtype)
         with torch.no_grad():
@@ -107,7 +112,7 @@ def trained(seed: int = 0) -> tuple[WeightGraph, Tensor]:
         layers += [nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
         net = nn.Sequential(*layers, nn.Linear(48, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
     optimiser = torch.optim.Adam(net.parameters(), 1e-2)
-    for images, labels in train:
+    for images, labels in [*train, *train, *train]:
         optimiser.zero_grad()
         nn.functional.cross_entropy(net(images), labels).backward()
         optimiser.step()
@@ -193,7 +198,9 @@ def test_budget_and_observations_enter() -> None:
         order = torch.randperm(sizes[name])
         moved = net(reordered(graph, {name: order}), observed={name: seen[name][order]})
         assert float((moved[name] - with_seen[name][order]).abs().max()) <= 1e-10
-        assert gap(metanetwork(observed=1)(graph), metanetwork(observed=1)(graph, observed={name: seen[name][:, 0]})) > 0
+        assert (
+            gap(metanetwork(observed=1)(graph), metanetwork(observed=1)(graph, observed={name: seen[name][:, 0]})) > 0
+        )
 
 
 @pytest.mark.parametrize(
@@ -279,26 +286,31 @@ def test_networks_without_blocks_or_with_little_to_prune() -> None:
         assert gap(states, metanetwork()(graph, exchange=EdgeListExchange(graph))) <= 1e-12
 
 
-def perceptron(widths: list[int], seed: int) -> tuple[WeightGraph, dict[str, Tensor]]:
+@cache
+def traced(*widths: int) -> WeightGraph:
+    layers = [nn.Linear(a, b) for a, b in zip((6, *widths), (*widths, 4), strict=True)]
+    return WeightGraph.of(mp.trace(nn.Sequential(*layers), torch.zeros(2, 6)))
+
+
+def perceptron(widths: tuple[int, ...], seed: int) -> tuple[WeightGraph, dict[str, Tensor]]:
     """A perceptron, and for its hidden units how strongly the units that read them are read themselves.
 
     With v_o = sum_p w_3[p, o]^2 the target of unit u is log(sum_o w_2[o, u]^2 v_o / sum_o w_2[o, u]^2) about its mean.
     All weights are few and large or small; columns are scaled at random. Nothing at the unit itself tells its target.
     """
     generator = torch.Generator().manual_seed(seed)
-    layers = [nn.Linear(a, b) for a, b in zip([6, *widths], [*widths, 4], strict=True)]
-    with torch.no_grad():
-        for layer in layers:
-            heavy = torch.randn(layer.weight.shape, generator=generator).pow(3)
-            scale = torch.randn(layer.weight.shape[1], generator=generator).exp()
-            layer.weight.copy_(heavy / heavy.norm(dim=0) * scale)
-    graph = WeightGraph.of(mp.trace(nn.Sequential(*layers), torch.randn(2, 6, generator=generator)))
+    graph = traced(*widths)
+    tensors = {}
+    for i in range(len(widths) + 1):
+        heavy = torch.randn(graph.layout.parts[f"{i}.weight"].shape, generator=generator).pow(3)
+        scale = torch.randn(heavy.shape[1], generator=generator).exp()
+        tensors[f"{i}.weight"] = heavy / heavy.norm(dim=0) * scale
+    squares = [tensors[f"{i}.weight"].square() for i in range(len(widths) + 1)]
     targets = {}
-    for i in range(len(layers) - 2):
-        own = layers[i + 1].weight.detach().square()
-        heard = (layers[i + 2].weight.detach().square().sum(0) @ own / own.sum(0)).log()
+    for i in range(len(widths) - 1):
+        heard = (squares[i + 2].sum(0) @ squares[i + 1] / squares[i + 1].sum(0)).log()
         targets[str(i)] = heard - heard.mean()
-    return graph, targets
+    return graph.with_tensors(tensors), targets
 
 
 def error(net: Metanetwork, head: nn.Module, graph: WeightGraph, targets: dict[str, Tensor]) -> Tensor:
@@ -308,11 +320,11 @@ def error(net: Metanetwork, head: nn.Module, graph: WeightGraph, targets: dict[s
 
 
 @pytest.mark.filterwarnings("ignore:outside of the range:UserWarning")
-@pytest.mark.parametrize(("rounds", "steps"), [(0, 60), (2, 240)])
+@pytest.mark.parametrize(("rounds", "steps"), [(0, 40), (2, 200)])
 def test_messages_carry_what_neighbours_know_to_networks_never_seen(rounds: int, steps: int) -> None:
-    sizes = [[12, 20, 8], [16, 10, 14], [24, 12, 16], [10, 16, 12, 20], [8, 24, 10]]
-    zoo = [perceptron(w, i) for i, w in enumerate(4 * sizes)]
-    unseen = [perceptron(w, 100 + i) for i, w in enumerate([[18, 14, 10], [14, 22, 18, 12], [20, 16, 12]])]
+    sizes = [(12, 20, 8), (16, 10, 14), (10, 16, 12, 20), (8, 24, 10)]
+    zoo = [perceptron(w, i) for i, w in enumerate(6 * sizes)]
+    unseen = [perceptron(w, 100 + i) for i, w in enumerate(3 * [(18, 14, 10), (14, 22, 18)])]
     net, head = Metanetwork(hidden=16, layers=rounds, seed=0), nn.Linear(16, 1)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -325,4 +337,87 @@ def test_messages_carry_what_neighbours_know_to_networks_never_seen(rounds: int,
         optimiser.step()
     with torch.no_grad():
         left = float(torch.stack([error(net, head, *member) for member in unseen]).mean())
-    assert (left < 0.4) if rounds else (left > 0.9), left
+    assert (left < 0.5) if rounds else (left > 0.9), left
+
+
+@pytest.mark.parametrize("name", ["resnet", "grouped_chain", "vision_transformer", "llama_tied", "ghost"])
+def test_rewriting_starts_as_the_identity_and_keeps_the_order_of_units(name: str) -> None:
+    graph, inputs = weights(name)
+    rewriter = Rewriter(12, seed=2).double()
+    states = metanetwork()(graph)
+    order = orders(graph.graph)
+    kept = {n: torch.arange(len(o)) % 2 == 0 for n, o in order.items()}
+    same = rewriter(graph, states, kept)
+    assert set(same) == {
+        p.name for p in (*graph.blocks, *graph.vectors) if graph.graph.tensors[p.name].kind == "parameter"
+    }
+    assert all(torch.equal(tensor, graph.tensors()[n]) for n, tensor in same.items())
+    with torch.no_grad():
+        for parameter in rewriter.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    moved = reordered(graph, order)
+    with torch.no_grad():
+        changed = graph.with_tensors(rewriter(graph, states, kept))
+        other = rewriter(moved, metanetwork()(moved), {n: k[order[n]] for n, k in kept.items()})
+        for n, tensor in reordered(changed, order).tensors().items():
+            if n in other:
+                assert float((tensor - other[n]).abs().max()) <= 1e-9
+        assert oracle.distance(changed.to_graph().run(None, inputs), graph.graph.run(None, inputs)) > 1e-3
+        assert gap_of(changed, graph.with_tensors(rewriter(graph, states))) > 1e-4, "the mask enters"
+
+
+def gap_of(one: WeightGraph, other: WeightGraph) -> float:
+    return max(float((one.values[n] - other.values[n]).abs().max()) for n in one.values)
+
+
+def test_rewriting_stays_within_its_bound() -> None:
+    graph, _ = trained()
+    rewriter = Rewriter(12, rank=2, ratio=0.05, seed=2).double()
+    with torch.no_grad():
+        rewriter.at_line.bias.fill_(50.0)
+        rewriter.at_output.bias[0] = 50.0
+        found = rewriter(graph, metanetwork()(graph))
+    for name, tensor in found.items():
+        old = graph.tensors()[name]
+        added = 0.05 * old.square().mean().sqrt() if len(graph.layout.parts[name].sides) == 1 else 0.0
+        bound = 0.05 * old.abs() + added
+        assert bool(((tensor - old).abs() <= bound + 1e-12).all())
+        assert float((tensor - old).abs().max()) > 0
+
+
+def test_rewriting_learns_to_make_up_for_a_mask() -> None:
+    graph, images = trained()
+    images = images[:128]
+    kept = {u.name: (torch.arange(u.size) % 3 != 0).double() for u in graph.units if u.free}
+    dense = graph.graph.run(None, images).log_softmax(1)
+
+    def divergence(tensors: dict[str, Tensor] | None) -> Tensor:
+        found = graph.graph.run(tensors, images, gates=kept).log_softmax(1)
+        return nn.functional.kl_div(found, dense, log_target=True, reduction="batchmean")
+
+    rewriter = Rewriter(12, ratio=0.3, seed=2).double()
+    with torch.no_grad():
+        states, before = metanetwork()(graph), float(divergence(None))
+        dense = dense.detach()
+    optimiser = torch.optim.Adam(rewriter.parameters(), 1e-2)
+    for _ in range(60):
+        optimiser.zero_grad()
+        divergence({**graph.graph.values, **rewriter(graph, states, kept)}).backward()
+        optimiser.step()
+    with torch.no_grad():
+        after = float(divergence({**graph.graph.values, **rewriter(graph, states, kept)}))
+    assert after < 0.5 * before, (before, after)
+
+
+def test_rewriting_names_what_does_not_fit() -> None:
+    graph, _ = trained()
+    states = metanetwork()(graph)
+    rewriter = Rewriter(12).double()
+    with pytest.raises(OptionError, match="states"):
+        rewriter(graph, dict(list(states.items())[1:]))
+    with pytest.raises(OptionError, match="no group nobody"):
+        rewriter(graph, states, {"nobody": torch.ones(3)})
+    with pytest.raises(OptionError, match="0 has 8 units, not 5"):
+        rewriter(graph, states, {"0": torch.ones(5)})
+    with pytest.raises(OptionError, match="rewriter"):
+        Rewriter(12, ratio=0.0)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
 
-from metaprune.metanet.exchange import scales
 from metaprune.metanet.layout import Side
 from metaprune.metanet.views import edges
 from metaprune.metanet.weight_graph import WeightGraph
@@ -33,12 +32,12 @@ class EdgeListExchange(MessagePassing):  # type: ignore[misc]
         found: list[tuple[Tensor, ...]] = [(torch.zeros(2, 0, dtype=torch.long), torch.zeros(0, dtype=torch.long))]
         kernels: list[Tensor] = [torch.zeros(0, 2, 3, dtype=torch.float64)]
         for number, block in enumerate(graph.blocks):
-            value, rms = graph.encoding.blocks[number].double(), graph.encoding.rms[number]
-            factors = torch.stack([scales(value, rms, 1), scales(value, rms, 0)])  # [2, 3]
+            value = graph.encoding.blocks[number].double()
+            norms = [_norms(value.flatten(1)), _norms(value.transpose(0, 1).flatten(1))]
             for some in edges(block, graph.units):
                 into, out = some.positions
                 kernel = value[out, into]  # [edges, K]
-                moment = torch.stack([kernel.mean(1), kernel.abs().mean(1), kernel.square().mean(1)], 1)
+                moment = torch.stack([kernel.sum(1), kernel.abs().sum(1), kernel.square().sum(1)], 1)
                 units = some.units + torch.tensor([[some.source.start], [some.target.start]])
                 weights = torch.stack(
                     [
@@ -48,7 +47,8 @@ class EdgeListExchange(MessagePassing):  # type: ignore[misc]
                     1,
                 )  # [edges, 2]: down and up
                 found.append((units, torch.full((units.shape[1],), number)))
-                kernels.append(moment[:, None] * factors * weights[..., None])
+                at = torch.stack([norms[0][out], norms[1][into]], 1)  # [edges, 2, 3]
+                kernels.append(moment[:, None] / at * weights[..., None])
         self._units = torch.cat([units for units, _ in found], 1)
         self._blocks = torch.cat([blocks for _, blocks in found])
         self._kernels = torch.cat(kernels)  # [edges, 2, 3]
@@ -64,6 +64,12 @@ class EdgeListExchange(MessagePassing):  # type: ignore[misc]
     def message(self, x_j: Tensor, factor: Tensor, kernel: Tensor) -> Tensor:
         """Messages [edges, h] from states x_j [edges, 3, h], factors of the same shape and moments [edges, 3]."""
         return (x_j * factor * kernel[..., None]).sum(1)
+
+
+def _norms(weights: Tensor) -> Tensor:
+    """Norms ||w||_2, ||w||_1 and ||w||_2^2 of each row, 1 for a row of zeros; shape [rows, 3]."""
+    norms = torch.stack([weights.norm(dim=1), weights.abs().sum(1), weights.square().sum(1)], 1)
+    return norms.where(norms > 0, 1.0)
 
 
 def _sent(side: Side) -> Tensor:

@@ -44,8 +44,10 @@ class Encoding:
         inputs: The same of all blocks' inputs.
         lines: The same of all vectors.
         blocks: Weights of the blocks in front of norms brought to unit rms by output, [C_out, C_in, K] each.
-        rms: Root mean square of each of them; 1 for a block of zeros.
-        moments: For blocks where they are few, the means of w, |w| and w^2 over K, shape [C_out, 3, C_in].
+        at_outputs: For each position of all blocks' outputs ||w||_2, ||w||_1 and ||w||_2^2 over the weights that meet
+            there, 1 for weights of zero, shape [positions, 3].
+        at_inputs: The same of all blocks' inputs.
+        moments: For blocks where they are few, the sums of w, |w| and w^2 over K, shape [3, C_out, C_in].
     """
 
     sets: Tensor
@@ -58,7 +60,8 @@ class Encoding:
     inputs: Tensor
     lines: Tensor
     blocks: tuple[Tensor, ...]
-    rms: tuple[float, ...]
+    at_outputs: Tensor
+    at_inputs: Tensor
     moments: tuple[Tensor | None, ...]
 
 
@@ -88,31 +91,34 @@ def encode(graph: WeightGraph) -> Encoding:
         _stacked([s.columns for s in stats[:count]]),
         _stacked([s.rows for s in stats[count:]]),
         tuple(values[:count]),
-        tuple(s.rms or 1.0 for s in stats[:count]),
+        _stacked([s.at_rows for s in stats[:count]], 3),
+        _stacked([s.at_columns for s in stats[:count]], 3),
         tuple(moments(v) if v.shape[2] > 2 or v.numel() <= _KEPT else None for v in values[:count]),
     )
 
 
 def moments(value: Tensor) -> Tensor:
-    """Means of w, |w| and w^2 over the kernel of a block [R, C, K]; shape [R, 3, C]."""
+    """Sums of w, |w| and w^2 over the kernel of a block [R, C, K]; shape [3, R, C]."""
     if value.shape[2] == 1:
         flat = value[..., 0]
-        return torch.stack((flat, flat.abs(), flat.square()), 1)
-    mean = value.new_full((value.shape[2], 1), 1 / value.shape[2])
+        return torch.stack((flat, flat.abs(), flat.square()))
+    ones = value.new_ones(value.shape[2], 1)
     parts = [
-        torch.stack([(part @ mean)[..., 0] for part in (rows, rows.abs(), rows.square())], 1)
+        torch.stack([(part @ ones)[..., 0] for part in (rows, rows.abs(), rows.square())])
         for rows in torch.split(value, max(1, ROWS // (value.shape[1] * value.shape[2])))
     ]
-    return torch.cat(parts)
+    return torch.cat(parts, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class _Statistics:
-    """Of one tensor seen as [R, C, K]: its rms, and the features `POSITION` of its rows and its columns."""
+    """Of one tensor seen as [R, C, K]: its rms, and of its rows and columns the features `POSITION` and the norms."""
 
     rms: float
     rows: Tensor
     columns: Tensor
+    at_rows: Tensor
+    at_columns: Tensor
 
     @staticmethod
     def of(name: str, value: Tensor) -> _Statistics:
@@ -123,17 +129,23 @@ class _Statistics:
         """
         value = value if value.ndim == 3 else value[:, None]
         count, width, kernel = value.shape
-        columns = value.new_zeros(2, width, dtype=torch.float64)
+        columns = value.new_zeros(3, width, dtype=torch.float64)
         rows = []
         for part in torch.split(value, max(1, ROWS // (width * kernel))):
-            powers = torch.stack([part.sum(2), part.square().sum(2)]).double()  # [2, rows, C]
+            powers = moments(part).double()  # [3, rows, C]
             rows.append(powers.sum(2))
             columns += powers.sum(1)
         by_row = torch.cat(rows, 1)
-        rms = float(by_row[1].sum() / max(1, value.numel())) ** 0.5
+        rms = float(by_row[2].sum() / max(1, value.numel())) ** 0.5
         if not torch.isfinite(torch.tensor(rms)):
             raise GraphError(f"tensor {name} holds a value that is not finite")
-        return _Statistics(rms, _of_position(by_row, width * kernel, rms), _of_position(columns, count * kernel, rms))
+        return _Statistics(
+            rms,
+            _of_position(by_row, width * kernel, rms),
+            _of_position(columns, count * kernel, rms),
+            _norms(by_row),
+            _norms(columns),
+        )
 
 
 def _of_set(units: UnitSet) -> list[float]:
@@ -149,15 +161,21 @@ def _of_tensor(part: Part, stats: _Statistics) -> list[float]:
 
 
 def _of_position(sums: Tensor, count: int, rms: float) -> Tensor:
-    """Mean and log rms of each position in units of the tensor's rms, from sums of w and w^2 over `count` numbers."""
+    """Mean and log rms of each position in units of the tensor's rms, from sums of w, |w| and w^2 over `count`."""
     scale = rms or 1.0
     mean = sums[0] / (count**0.5 * scale)
-    spread = (sums[1] / count).sqrt() / scale
+    spread = (sums[2] / count).sqrt() / scale
     return torch.stack([mean, spread.clamp_min(_FAINT).log10()], 1)
 
 
-def _stacked(tables: Sequence[Tensor]) -> Tensor:
-    return torch.cat([torch.zeros(0, len(POSITION), dtype=torch.float64), *(table.cpu() for table in tables)])
+def _norms(sums: Tensor) -> Tensor:
+    """The norms ||w||_2, ||w||_1 and ||w||_2^2 from sums of w, |w| and w^2 [3, positions]; 1 where all is zero."""
+    norms = torch.stack([sums[2].sqrt(), sums[1], sums[2]], 1)
+    return norms.where(norms > 0, 1.0)
+
+
+def _stacked(tables: Sequence[Tensor], width: int = len(POSITION)) -> Tensor:
+    return torch.cat([torch.zeros(0, width, dtype=torch.float64), *(table.cpu() for table in tables)])
 
 
 def _real(value: Tensor) -> Tensor:

@@ -18,17 +18,18 @@ from metaprune.metanet.reading import ARGUMENTS, FAMILIES
 from metaprune.metanet.weight_graph import WeightGraph
 
 _SIDES = ("outputs", "inputs", "lines")
+_SMALL = 0.2  # of what depends on types alone, so that it does not drown what tells one unit from another
 _SLACK = 1e-6  # what is stored in a lower precision is not outside
 
 
 class Layer(nn.Module):
     """One round of messages; every unit hears both directions at once.
 
-    With n = LayerNorm(x), units send s = A n as inputs and t = B n as outputs (one state per moment of the weights, see
-    `metaprune.metanet.exchange`), each block multiplies them by 1 + C b with b its embedding, and with what is heard,
-    d from above and u from below,
+    With n = LayerNorm(x), units send s = silu(A n) as inputs and t = silu(B n) as outputs (one state per moment of the
+    weights, see `metaprune.metanet.exchange`), each block multiplies them by 1 + C b with b its embedding, and with
+    what is heard, d from the inputs and u from the outputs,
 
-        x <- x + MLP([n, d * silu(G n), u * silu(H n)]).
+        x <- x + MLP([n, d * (1 + G n), u * (1 + H n)]).
 
     The product of a message with the hearer's own gate stands for the product over both ends of an edge and its
     weight, which is how graph metanetworks are built (Lim et al. 2023, arXiv 2312.04501; here factorised, so that
@@ -47,12 +48,12 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, blocks: Tensor, exchange: Exchange) -> Tensor:
         """See the class."""
-        shape = (2, MOMENTS, self.hidden)
+        shape = (-1, 2, MOMENTS, self.hidden)
         normal = F.layer_norm(x, (self.hidden,))
-        sent = self.send(normal).unflatten(1, shape)  # [units, 2, 3, h]
-        factors = 1 + self.modulate(blocks).unflatten(1, shape)  # [blocks, 2, 3, h]
+        sent = F.silu(self.send(normal)).view(shape)  # [units, 2, 3, h]
+        factors = 1 + self.modulate(blocks).view(shape)  # [blocks, 2, 3, h]
         heard = torch.cat(exchange(sent[:, 0], sent[:, 1], factors), 1)  # [units, 2 h]
-        change: Tensor = self.update(torch.cat([normal, heard * F.silu(self.gate(normal))], 1))
+        change: Tensor = self.update(torch.cat([normal, heard * (1 + self.gate(normal))], 1))
         return x + change
 
 
@@ -72,10 +73,16 @@ class Metanetwork(nn.Module):
         config: The arguments that build it again, but for the seed.
         low: Least value of each feature among the networks seen by `widen`, shape [features].
         high: Greatest value of each.
+        mean: Mean of each feature over them.
+        spread: Sum of squared distances from it.
+        count: Number of values of each feature.
     """
 
     low: Tensor
     high: Tensor
+    mean: Tensor
+    spread: Tensor
+    count: Tensor
 
     def __init__(self, hidden: int = 32, layers: int = 4, observed: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -87,16 +94,21 @@ class Metanetwork(nn.Module):
             self.kind, self.family, self.argument = (
                 nn.Embedding(len(names), hidden) for names in (ROLES, FAMILIES, ARGUMENTS)
             )
+            for table in (self.kind, self.family, self.argument):
+                nn.init.normal_(table.weight, std=_SMALL)
             self.of_set, self.of_tensor = nn.Linear(len(SET), hidden), nn.Linear(len(TENSOR), hidden)
             self.of_position = nn.ModuleDict({side: nn.Linear(len(POSITION), hidden) for side in _SIDES})
             self.of_parts = nn.Linear(len(_SIDES) * hidden, hidden)
-            self.of_budget, self.no_budget = nn.Linear(1, hidden), nn.Parameter(0.1 * torch.randn(hidden))
+            self.of_budget, self.no_budget = nn.Linear(1, hidden), nn.Parameter(_SMALL * torch.randn(hidden))
             if observed:
-                self.of_observed, self.unobserved = nn.Linear(observed, hidden), nn.Parameter(0.1 * torch.randn(hidden))
+                self.of_observed, self.unobserved = (
+                    nn.Linear(observed, hidden),
+                    nn.Parameter(_SMALL * torch.randn(hidden)),
+                )
             self.layers = nn.ModuleList(Layer(hidden) for _ in range(layers))
         self._names, self._places = _places(observed)
-        self.register_buffer("low", torch.full((len(self._names),), float("inf")))
-        self.register_buffer("high", torch.full((len(self._names),), -float("inf")))
+        for name, value in (("low", torch.inf), ("high", -torch.inf), ("mean", 0.0), ("spread", 0.0), ("count", 0.0)):
+            self.register_buffer(name, torch.full((len(self._names),), value))
 
     def forward(
         self,
@@ -107,8 +119,8 @@ class Metanetwork(nn.Module):
     ) -> dict[str, Tensor]:
         """States of all units.
 
-        Features outside the range of the networks it was fitted to (`widen`) are clamped to it, with a warning that
-        names them.
+        Features are standardised by the networks it was fitted to (`widen`); those outside of these networks' range
+        are clamped to it, with a warning that names them.
 
         Args:
             weight_graph: The network.
@@ -152,16 +164,31 @@ class Metanetwork(nn.Module):
     def widen(
         self, weight_graph: WeightGraph, budget: float | None = None, observed: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Widens the range of features to which all networks are clamped so that it holds this one; see `forward`."""
+        """Takes a network among those by whose features all others are measured; see `forward`.
+
+        Args:
+            weight_graph: The network.
+            budget: One of the budgets it will be read with.
+            observed: Observations of its units.
+        """
         table, known = self._features(weight_graph, budget, observed)
         for name, place in self._places.items():
             rows = table[name][known] if name == "observed" else table[name]
             if len(rows):
                 self.low[place] = torch.minimum(self.low[place], rows.amin(0).to(self.low))
                 self.high[place] = torch.maximum(self.high[place], rows.amax(0).to(self.high))
+                self._average(place, rows)
+
+    def _average(self, place: slice, rows: Tensor) -> None:
+        """Joins the mean and spread of rows [values, features] to those stored (Chan et al. 1979, eq. 2.1)."""
+        old, new = self.count[place], float(len(rows))
+        step = rows.mean(0) - self.mean[place]
+        self.spread[place] += (rows - rows.mean(0)).square().sum(0) + step.square() * old * new / (old + new)
+        self.mean[place] += step * new / (old + new)
+        self.count[place] += new
 
     def _bounded(self, table: Mapping[str, Tensor], known: Tensor) -> dict[str, Tensor]:
-        """Features clamped to the stored range and moved to -1 ... 1; as they are where no range is stored.
+        """Features clamped to the stored range and standardised; as they are where no range is stored.
 
         Warns once of all features that lay outside.
         """
@@ -173,8 +200,8 @@ class Metanetwork(nn.Module):
             moved = (clamped - table[name]).abs() > _SLACK
             moved = moved[known] if name == "observed" else moved
             outside.update(self._names[place][i] for i in moved.any(0).nonzero().flatten().tolist())
-            middle, half = ((low + high) / 2).where(seen, 0.0), ((high - low) / 2).where(seen, 1.0)
-            result[name] = (clamped - middle) / half.where(half > 0, 1.0)
+            deviation = (self.spread[place] / self.count[place].clamp_min(1)).sqrt()
+            result[name] = (clamped - self.mean[place]) / deviation.where(deviation > _SLACK, 1.0)
         if outside:
             names = ", ".join(name for name in self._names if name in outside)
             warnings.warn(f"outside of the range the metanetwork was fitted to, clamped: {names}", stacklevel=3)

@@ -1,13 +1,14 @@
 """Messages between the units on the two sides of every block, as matrix products over the weights.
 
-With e_1 = w, e_2 = |w|, e_3 = w^2 (of the block over its rms r, [C_out, C_in, K]), an output position o hears
+With e_1, e_2, e_3 the sums of w, |w| and w^2 over the kernel of a block [C_out, C_in, K], an output position o hears
 
-    down_o = sum_m c_m sum_i mean_k e_m(o, i, k) * s_m(i),      c = (sqrt(K / C_in), 1 / C_in, 1 / C_in),
+    down_o = sum_m 1 / N_m(o) sum_i e_m(o, i) * s_m(i),      N(o) = (||w_o||_2, ||w_o||_1, ||w_o||_2^2),
 
-where s_m are states that the inputs send, and an input hears the same of the outputs with C_out in place of C_in: what
-has a sign is averaged and scaled by the root of the fan, what has none is averaged. So messages have the same size at
-any width. They are linear in the states, hence products of matrices: there is no state per edge, and no more memory is
-taken than a chunk of rows needs.
+where s_m are states that the inputs send and w_o all weights that o reads with; an input position hears the same of the
+outputs, by the norms of the weights that read it. So the second and third moment give weighted means of states, the
+first a sum of the size of a single state if signs are random: messages have the same size at any width and any scale
+of the weights (both are features of their own). They are linear in the states, hence products of matrices: there is
+no state per edge, and no more memory is taken than a chunk of rows needs.
 """
 
 from __future__ import annotations
@@ -47,40 +48,36 @@ class DenseExchange:
         into = torch.split(inputs.spread(down.flatten(1)).view(-1, MOMENTS, width), inputs.sizes)
         out = torch.split(outputs.spread(up.flatten(1)).view(-1, MOMENTS, width), outputs.sizes)
         heard = [self._block(n, *pair, factors[n]) for n, pair in enumerate(zip(into, out, strict=True))]
-        nothing = down.new_zeros(0, width)
+        at_outputs, at_inputs = self._encoding.at_outputs.to(down), self._encoding.at_inputs.to(down)
         return (
-            outputs.collect(torch.cat([nothing, *(y for y, _ in heard)])),
-            inputs.collect(torch.cat([nothing, *(z for _, z in heard)])),
+            outputs.collect(_weighed([y for y, _ in heard], at_outputs, width)),
+            inputs.collect(_weighed([z for _, z in heard], at_inputs, width)),
         )
 
     def _block(self, number: int, down: Tensor, up: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-        """What the outputs and the inputs of one block hear, shapes [C_out, h] and [C_in, h]."""
+        """What the outputs and the inputs of one block hear by moment, shapes [3, C_out, h] and [3, C_in, h]."""
         value, kept = self._encoding.blocks[number], self._encoding.moments[number]
-        down = down * factors[0] * scales(value, self._encoding.rms[number], 1).to(down)[:, None]
-        up = up * factors[1] * scales(value, self._encoding.rms[number], 0).to(up)[:, None]
-        down = down.transpose(0, 1).flatten(0, 1)  # [3 C_in, h]
+        down, up = (down * factors[0]).transpose(0, 1), (up * factors[1]).transpose(0, 1)
         if kept is not None:
             return _products(kept.to(down), down, up)
         step = max(1, self._rows // (value.shape[1] * value.shape[2]))
-        heard, back = [], torch.zeros_like(down[: value.shape[1]])
+        heard, back = [], torch.zeros_like(down)
         for start, stop in pairwise([*range(0, len(value), step), len(value)]):
-            y, z = checkpoint(self._chunk, value[start:stop], down, up[start:stop], use_reentrant=False)
+            y, z = checkpoint(self._chunk, value[start:stop], down, up[:, start:stop], use_reentrant=False)
             heard.append(y)
             back = back + z
-        return torch.cat(heard), back
+        return torch.cat(heard, 1), back
 
     def _chunk(self, value: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         return _products(moments(value.to(self._dtype)), down, up)
 
 
 def _products(e: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Products with moments e [R, 3, C] of states down [3 C, h] and up [R, 3, h]: shapes [R, h] and [C, h]."""
-    return e.flatten(1) @ down, e.flatten(0, 1).T @ up.flatten(0, 1)
+    """Products of moments [3, R, C] with states down [3, C, h] and up [3, R, h]: shapes [3, R, h] and [3, C, h]."""
+    return e @ down, e.transpose(1, 2) @ up
 
 
-def scales(value: Tensor, rms: float, summed: int) -> Tensor:
-    """The factors c_m over r or r^2, for sums over a dimension of a block [C_out, C_in, K]; shape [3]."""
-    fan, kernel = value.shape[summed], value.shape[2]
-    return torch.tensor(
-        [(kernel / fan) ** 0.5 / rms, 1 / (fan * rms), 1 / (fan * rms**2)], dtype=torch.float64, device=value.device
-    )
+def _weighed(heard: list[Tensor], norms: Tensor, width: int) -> Tensor:
+    """What all blocks' positions hear over its norms [positions, 3], summed over moments; shape [positions, h]."""
+    every = torch.cat([norms.new_zeros(MOMENTS, 0, width), *heard], 1)  # [3, positions, h]
+    return (every / norms.T[..., None]).sum(0)
