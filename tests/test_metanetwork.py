@@ -83,7 +83,7 @@ class Unkept(DenseExchange):
     """Keeps no moments, and works on a few rows at a time."""
 
     def __init__(self, graph: WeightGraph, rows: int) -> None:
-        super().__init__(graph, torch.float64, rows)
+        super().__init__(graph, rows)
         self._encoding = type(self._encoding)(**{**vars(self._encoding), "moments": (None,) * len(graph.blocks)})
 
 

@@ -155,7 +155,7 @@ class Metanetwork(nn.Module):
         states = sets.repeat_interleave(encoding.sizes.to(device), 0) + self.of_parts(torch.cat(parts, 1))
         if self.config["observed"]:
             states = states + torch.where(known[:, None], self.of_observed(table["observed"]), self.unobserved)
-        passing = exchange or DenseExchange(weight_graph, states.dtype)
+        passing = exchange or DenseExchange(weight_graph)
         for layer in self.layers:
             states = layer(states, blocks, passing)
         return weight_graph.split(F.layer_norm(states, states.shape[1:]))

@@ -31,16 +31,15 @@ to what units hear as outputs and as inputs, both [units, h]."""
 
 
 class DenseExchange:
-    """The exchange of one network by matrix products.
+    """The exchange of one network by matrix products, in the dtype and on the device of the states.
 
     Args:
         graph: The network.
-        dtype: Of the states; weights are cast a chunk at a time.
         rows: Elements of a block worked on at a time.
     """
 
-    def __init__(self, graph: WeightGraph, dtype: torch.dtype, rows: int = ROWS) -> None:
-        self._layout, self._encoding, self._dtype, self._rows = graph.layout, graph.encoding, dtype, rows
+    def __init__(self, graph: WeightGraph, rows: int = ROWS) -> None:
+        self._layout, self._encoding, self._rows = graph.layout, graph.encoding, rows
 
     def __call__(self, down: Tensor, up: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
         """See `Exchange`."""
@@ -63,13 +62,15 @@ class DenseExchange:
         step = max(1, self._rows // (value.shape[1] * value.shape[2]))
         heard, back = [], torch.zeros_like(down)
         for start, stop in pairwise([*range(0, len(value), step), len(value)]):
-            y, z = checkpoint(self._chunk, value[start:stop], down, up[:, start:stop], use_reentrant=False)
+            y, z = checkpoint(_chunk, value[start:stop], down, up[:, start:stop], use_reentrant=False)
             heard.append(y)
             back = back + z
         return torch.cat(heard, 1), back
 
-    def _chunk(self, value: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        return _products(moments(value.to(self._dtype)), down, up)
+
+def _chunk(value: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The products for some rows [R, C, K] of a block, whose moments are thrown away afterwards."""
+    return _products(moments(value.to(down)), down, up)
 
 
 def _products(e: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ class Rewriter(nn.Module):
         x = torch.cat(list(states.values()))
         x = x + self.of_kept(_flags(weight_graph, kept or {}).to(x))
         features = F.layer_norm(encoding.tensors[: len(layout.blocks)].to(x), (len(TENSOR),))
-        exchange = DenseExchange(weight_graph, x.dtype)
+        exchange = DenseExchange(weight_graph)
         for layer in self.layers:
             x = layer(x, F.silu(self.of_tensor(features)), exchange)
         x = F.layer_norm(x, x.shape[1:])
