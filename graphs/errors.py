@@ -9,6 +9,12 @@ class OptionError(MetapruneError):
     """An option or argument has a value that means nothing here."""
 
 
+def check_seed(seed: object) -> None:
+    """Raises `OptionError` unless a seed is a whole number that the generators of torch and numpy both take."""
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise OptionError(f"seed: must be a whole number from 0 to 2^63 - 1, not {seed!r}")
+
+
 class TraceError(MetapruneError):
     """A network could not be turned into a graph."""
 

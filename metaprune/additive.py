@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from metaprune.calibration import leaves_of, repeatable
 from metaprune.curves import Sensitivity
 from metaprune.distances import KINDS, kinds_of, over_samples
-from metaprune.graphs.errors import MetapruneError, OptionError
+from metaprune.graphs.errors import MetapruneError, OptionError, check_seed
 from metaprune.graphs.ir import Graph
 from metaprune.masking import Change, measure, silenced
 from metaprune.probes.fidelity import rank_fidelity
@@ -77,10 +77,13 @@ def additivity(
 
     Raises:
         OptionError: Curves of another network or other weights, an unknown kind, too few plans or samples, or no group
-            that can lose a unit.
+            that can lose a unit; or plans that all lose the same.
         MetapruneError: The network, as it is or under a plan, gives values that are not finite.
     """
+    if not isinstance(graph, Graph) or not isinstance(sensitivity, Sensitivity):
+        raise OptionError("graph, sensitivity: a Graph and its curves, as of metaprune.sensitivity, are needed")
     sensitivity.check(graph)
+    check_seed(seed)
     if type(plans) is not int or plans < _LEAST_PLANS:
         raise OptionError(f"plans: at least {_LEAST_PLANS} are needed, not {plans!r}")
     curves = sensitivity.of(kind)
@@ -98,7 +101,11 @@ def additivity(
     joint = over_samples(apart, kind)
     if not np.isfinite(joint).all() or not np.isfinite(summed).all():
         raise MetapruneError("data: the distortion of a random plan is not finite")
+    if np.ptp(summed) == 0:
+        raise OptionError("sensitivity: its curves have the same sum for all plans, so there is no order to compare")
     halves = [over_samples(apart[:, half::2], kind).tolist() for half in range(2)]
+    if any(len(set(half)) == 1 for half in halves):
+        raise OptionError("data: all plans lose the same on half of the samples, so there is no order to compare")
     trust = rank_fidelity(summed.tolist(), halves[0], halves[1], resamples=_RESAMPLES, seed=seed)
     assert trust.ceiling is not None  # two results are given
     alive = summed > 0

@@ -66,10 +66,7 @@ class Pruned:
 
     def save(self, directory: str | Path) -> None:
         """Writes the portable form and the plan; `metaprune.load` reads them. The manifest comes last."""
-        try:
-            saved.save(_path("directory", directory), self.graph, self.module, self.plan)
-        except OSError as error:
-            raise MetapruneError(f"{directory}: can not be written: {error.strerror or error}") from error
+        saved.save(_path("directory", directory), self.graph, self.module, self.plan)
 
     def export_onnx(self, path: str | Path) -> None:
         """Writes an ONNX file with a dynamic batch through `torch.onnx.export`."""
@@ -116,18 +113,20 @@ def plan(
         criterion: How units are scored; see `metaprune.criteria.CRITERIA`. By default `"fisher_block"` when there are
             data, else `"magnitude"`. Or curves of `metaprune.sensitivity`, which also say how units are ranked;
             allocators that work on curves find them, by method `"one_pass"`, where there are data and no criterion
-            is named, and add up the scores of units for one that is.
+            is named, and add up the scores of units for one that is. Curves have no scores of single units, so with
+            them the allocators `"global"`, `"sap"` and `"cost"` are refused.
         allocator: How many units each group keeps: `"uniform"`, `"global"`, `"sap"` (more is taken from groups whose
             scores are uneven), `"cost"` (importance removed per cost removed, for scores that add up), `"erk"`,
             `"lamp"` and `"precrop"` (after densities of layers, see `metaprune.search.baselines`), `"random"`; by
             curves of what lost units cost each group, `"dp"` (dynamic program), `"milp"` (integer program; for several
             budgets at once and for dense topologies) and `"lagrange"` (in milliseconds), all of which note in
-            `plan.provenance["solver"]` how far from the least summed cost they may be, and `"spdy"` (the curves'
-            weights are searched by the loss that pruned networks are measured to have); or `"measured"` (several
-            allocations, with units ranked by the criterion and by their norms; each is cut and fitted on some of the
-            data, and the one nearest to the dense network on others is taken). By default `"measured"` when there are
-            data and no criterion is named, `"dp"` for curves, `"cost"` for `"fisher"` and `"fisher_block"`, else
-            `"global"`.
+            `plan.provenance["solver"]` how far from the least summed cost they may be (HiGHS, behind `"milp"`, stops
+            after four seconds by the clock, so its answer to a large problem may depend on the machine's load), and
+            `"spdy"` (the curves' weights are searched by the loss that pruned networks are measured to have); or
+            `"measured"` (several allocations, with units ranked by the criterion and by their norms; each is cut and
+            fitted on some of the data, and the one nearest to the dense network on others is taken). By default
+            `"measured"` when there are data and no criterion is named, `"dp"` for curves, `"cost"` for `"fisher"` and
+            `"fisher_block"`, else `"global"`.
         data: Batches of inputs or of (inputs, labels) for criteria and allocators that look at data; at most
             256 samples are scored by, and 500 measured with. Where neither looks at them they are refused.
         round_to: Kept channel counts are multiples of this.
@@ -364,7 +363,8 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    scale = float(b.abs().max()) if b.numel() else 0.0
+    numbers = b[b.isfinite()].abs()
+    scale = float(numbers.max()) if numbers.numel() else 0.0
     tolerance = 50 * torch.finfo(a.dtype).eps ** 0.75
     return bool(torch.allclose(a, b, rtol=0.0, atol=max(scale, 1e-30) * tolerance, equal_nan=True))
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from metaprune.data import Loader
-from metaprune.graphs.errors import OptionError
-from metaprune.graphs.execute import input_leaves
+from metaprune.graphs.errors import OptionError, check_seed
+from metaprune.graphs.execute import execute, input_leaves
 from metaprune.graphs.ir import Graph, Meta
 from metaprune.graphs.structure import put_together, take_apart
 
@@ -100,9 +100,13 @@ def batches_of(graph: Graph, data: Any, size: int, samples: int, seed: int = 0) 
 
 def leaves_of(graph: Graph, data: Any, samples: int, seed: int = 0) -> list[Leaves]:
     """The first samples, at most so many, as values of the graph's input nodes; for errors see `batches_of`."""
+    if type(samples) is not int or samples < 1:
+        raise OptionError(f"samples: must be a positive whole number, not {samples!r}")
+    check_seed(seed)
     leaves = [input_leaves(graph, sample) for sample in islice(samples_of(graph, data, seed), samples)]
     if not leaves:
         raise OptionError("data: there are no samples")
+    _check_fit(graph, leaves[: batch_size(graph) or 1])
     return leaves
 
 
@@ -157,6 +161,31 @@ def outputs_in(output: Any) -> list[Tensor]:
     if not found:
         raise OptionError("data: the network gives no floating-point output")
     return found
+
+
+def _check_fit(graph: Graph, leaves: Sequence[Leaves]) -> None:
+    """Raises `OptionError` for samples that are unlike the traced ones, and that the network does not run on."""
+    if all(_alike(graph.nodes[name].meta, value) for name, value in leaves[0].items()):
+        return
+    if any(value.is_meta for value in graph.values.values()):
+        return
+    (batch,) = joined(graph, leaves, len(leaves))
+    try:
+        with torch.no_grad():
+            execute(graph, graph.values, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        text = " ".join(str(error).split())
+        raise OptionError(f"data: a sample does not fit the network that was traced: {text}") from error
+
+
+def _alike(meta: object, value: Tensor) -> bool:
+    """Whether a value has the type and the shape of the traced one, but for dimensions that are free."""
+    if not isinstance(meta, Meta) or meta.dtype != value.dtype or len(meta.shape) != value.ndim:
+        return False
+    free = meta.batched or (False,) * value.ndim
+    return all(any_ or a == b for a, b, any_ in zip(meta.shape, value.shape, free, strict=True))
 
 
 def _joined(graph: Graph, name: str, values: list[Tensor]) -> Tensor:

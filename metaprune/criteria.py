@@ -270,6 +270,6 @@ CRITERIA: dict[str, Row] = {
 
 def find(name: str) -> Row:
     """The criterion called `name`; raises `OptionError`."""
-    if name not in CRITERIA:
+    if not isinstance(name, str) or name not in CRITERIA:
         raise OptionError(f"criterion: {name!r} is none of {', '.join(sorted(CRITERIA))}")
     return CRITERIA[name]

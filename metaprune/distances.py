@@ -69,6 +69,8 @@ def kinds_of(graph: Graph, kinds: Sequence[str] | None = None) -> tuple[str, ...
     logits = meta is not None and len(meta.shape) == 2 and meta.shape[1] > 1
     if kinds is None:
         return KINDS if logits else KINDS[1:]
+    if not isinstance(kinds, Sequence):
+        raise OptionError(f"kinds: names are needed, not {kinds!r}")
     chosen = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for kind in chosen:
         if kind not in KINDS:

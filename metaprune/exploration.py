@@ -12,7 +12,7 @@ import numpy as np
 
 from metaprune.calibration import repeatable
 from metaprune.criteria import find as find_criterion
-from metaprune.graphs.errors import MetapruneError, OptionError
+from metaprune.graphs.errors import MetapruneError, OptionError, check_seed
 from metaprune.graphs.files import write_atomically
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
@@ -106,8 +106,7 @@ def explore(
     """
     if not isinstance(target, (Task, Graph)):
         raise OptionError(f"target: a Task or a Graph is needed, not a {type(target).__name__}")
-    if type(seed) is not int or seed < 0:
-        raise OptionError(f"seed: must be a whole number of at least 0, not {seed!r}")
+    check_seed(seed)
     task = target if isinstance(target, Task) else None
     names = _objectives(objectives, task)
     run = backends.find(backend)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from metaprune.calibration import leaves_of
-from metaprune.graphs.errors import OptionError
+from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.ir import Graph
 from metaprune.reconstruction import COARSE, SAMPLES
 from metaprune.trials import Bench, Keep, Trial
@@ -40,13 +40,22 @@ class Judge:
         self._bench = Bench(graph, leaves[:count], leaves[-count:], seed, COARSE)
 
     def distortions(self, plans: Sequence[Keep]) -> list[float]:
-        """For each plan, kept units by group, the mean of `distortion`; infinite for a network that does not run."""
+        """For each plan, kept units by group, the mean of `distortion`.
+
+        It is infinite for a network that does not run or gives values that are not finite.
+
+        Raises:
+            MetapruneError: The dense network's output is not finite.
+        """
+        self._bench.check_finite()
         with torch.no_grad():
             return [self._distortion(keep) for keep in plans]
 
     def _distortion(self, keep: Keep) -> float:
         try:
             found = Trial(self._bench, keep).distortion()
-        except RuntimeError:  # the certificate will say what is wrong with this cut
+        except (OptionError, torch.OutOfMemoryError):
+            raise
+        except (MetapruneError, RuntimeError):  # the certificate will say what is wrong with this cut
             return float("inf")
         return found if found == found else float("inf")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from metaprune.engines import Machine, check_on_cpu, engine_called, module_of
 from metaprune.graphs.calls import OperatorCall, callers_example, calls
-from metaprune.graphs.errors import LoadError, OptionError, PlanError
+from metaprune.graphs.errors import LoadError, OptionError, PlanError, check_seed
 from metaprune.graphs.files import write_atomically
 from metaprune.graphs.incision import Incision
 from metaprune.graphs.ir import Graph
@@ -52,6 +52,8 @@ class LatencyTable:
 
     def __init__(self, engine: str = "torch", threads: int = 1, path: str | Path | None = None) -> None:
         self._engine = engine_called(engine, threads)
+        if not isinstance(path, str | Path | None):
+            raise OptionError(f"path: a path is needed, not a {type(path).__name__}")
         self._path = None if path is None else Path(path)
         self.machine = Machine.here(engine, threads)
         self.times: dict[str, Timing] = {}
@@ -261,8 +263,7 @@ def random_counts(graph: Graph, plans: int, seed: int, step: NDArray[np.int64] |
         seed: Of the widths.
         step: See `LatencyTable.terms`.
     """
-    if type(seed) is not int:
-        raise OptionError(f"seed: must be a whole number, not {seed!r}")
+    check_seed(seed)
     groups = graph.groups
     sizes = np.array([group.size for group in groups], dtype=np.int64)
     least = np.array([group.size if group.pinned else max(1, group.minimum) for group in groups], dtype=np.int64)
@@ -293,7 +294,7 @@ def _narrowed(graph: Graph, kept: Sequence[float] | NDArray[Any]) -> Incision:
         raise OptionError(f"kept: one count for each of {len(groups)} groups is needed, not shape {list(counts.shape)}")
     keep = {}
     for group, count in zip(groups, counts.tolist(), strict=True):
-        if count != int(count) or not 0 < count <= group.size:
+        if not 0 < count <= group.size or count != int(count):
             raise OptionError(f"kept: group {group.name} can not keep {count} of {group.size} units")
         if count < group.size:
             keep[group.name] = tuple(range(int(count)))

@@ -57,6 +57,7 @@ class Objectives:
         Raises:
             OptionError: An unknown objective, one that needs data or a task where there are none, or too few samples.
             GraphError: A weight is not finite.
+            MetapruneError: An output of the dense network is not finite.
         """
         self.names = tuple(names)
         self._graph, self._task, self._seed = graph, task, seed
@@ -100,7 +101,8 @@ class Objectives:
         else:
             repairing, judging = self._leaves(data, samples), self._leaves(self._task.val, samples)
         bench = Bench(self._graph, repairing, judging, self._seed)
-        if "distortion" in self.names and bench.wanted:  # what is wrong with the samples shows here
+        if "distortion" in self.names:
+            bench.check_finite()  # what is wrong with the samples shows here
             self.forwards += len(judging)
         return bench
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from metaprune import criteria
 from metaprune.curves import Sensitivity
 from metaprune.graphs.cost import Costs
-from metaprune.graphs.errors import OptionError
+from metaprune.graphs.errors import OptionError, check_seed
 from metaprune.graphs.groups import Group
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
@@ -24,7 +24,7 @@ from metaprune.ranking import Scores, default_criterion, unit_scores
 from metaprune.search.allocate import MEASURED
 from metaprune.search.allocate import find as find_allocator
 from metaprune.search.budget import Budget
-from metaprune.search.problem import Counts, Kept, Problem, check_feasible
+from metaprune.search.problem import Counts, Kept, Problem, check_feasible, finite
 from metaprune.selection import Choice, around, nearest
 from metaprune.sensing import sensitivity
 from metaprune.tables import ONE_PASS
@@ -37,6 +37,9 @@ CURVED = ("dp", "milp", "lagrange", "spdy")
 They are those to second order: what is measured of one group alone can grow no further once the outputs are spoilt, so
 that at low budgets some group seems to be for free.
 """
+
+SCORED = ("global", "sap", "cost")
+"""Allocators that compare scores of single units between groups."""
 
 _COUNTED_IN_STEPS = ("channels", "residual", "ffn", "hidden", "other")
 
@@ -128,8 +131,7 @@ def pose(
 ) -> Posed:
     """Reads the options of a plan; arguments and errors are those of `metaprune.plan`."""
     goal = Budget.parse(budget)
-    if type(seed) is not int:
-        raise OptionError(f"seed: must be a whole number, not {seed!r}")
+    check_seed(seed)
     protect, only = patterns("protect", protect), patterns("only", only)
     kinds = None if kinds is None else patterns("kinds", kinds)
     free, step, least = may_shrink(graph, round_to, protect, only, kinds)
@@ -169,9 +171,14 @@ def _resolved(criterion: str | Scores | Sensitivity | None, allocator: str | Non
     else:
         name = criterion.criterion if isinstance(criterion, Scores) else default_criterion(criterion, data)
         natural = "cost" if criteria.find(name).additive else "global"
-    allocator = allocator or (MEASURED if criterion is None and data is not None else natural)
+    if allocator is None:
+        allocator = MEASURED if criterion is None and data is not None else natural
     if allocator != MEASURED:
         find_allocator(allocator)
+    if isinstance(criterion, Sensitivity) and allocator in SCORED:
+        raise OptionError(
+            f"allocator: {allocator!r} adds up scores of single units, and curves have none; see {natural!r}"
+        )
     if allocator in JUDGED and data is None:
         raise OptionError(f"data: allocator {allocator!r} needs calibration data")
     if isinstance(criterion, Sensitivity) and data is not None and allocator not in JUDGED:
@@ -224,7 +231,7 @@ def _chosen(
     choices = around(problem, kept, natural, {criterion: problem.scores, "magnitude": by_norm})
     chosen, losses = nearest(groups, choices, judge)
     problem.record.clear()
-    problem.record.update(losses)
+    problem.record.update({name: finite(loss) for name, loss in losses.items()})
     return chosen
 
 

@@ -90,7 +90,9 @@ def unit_scores(
 
 def default_criterion(criterion: str | None, data: Any) -> str:
     """The criterion that is named, or the default: one that looks at data where there are any."""
-    return criterion or ("magnitude" if data is None else "fisher_block")
+    if criterion is not None:
+        return criterion
+    return "magnitude" if data is None else "fisher_block"
 
 
 def _places(order: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from metaprune import criteria
 from metaprune.calibration import NOISE, leaves_of, repeatable
 from metaprune.curves import Sensitivity, weights_digest
 from metaprune.distances import kinds_of
-from metaprune.graphs.errors import OptionError
+from metaprune.graphs.errors import OptionError, check_seed
 from metaprune.graphs.ir import Graph
 from metaprune.ranking import Scores, default_criterion, score
 from metaprune.refits import consumers
@@ -114,8 +114,7 @@ def _checked(
     for option, value in (("levels", levels), ("samples", samples)):
         if value is not None and (type(value) is not int or value < 1):
             raise OptionError(f"{option}: must be a positive whole number, not {value!r}")
-    if type(seed) is not int:
-        raise OptionError(f"seed: must be a whole number, not {seed!r}")
+    check_seed(seed)
     if type(compensate) is not bool:
         raise OptionError(f"compensate: must be True or False, not {compensate!r}")
     if method not in LEVELS and (levels is not None or compensate):

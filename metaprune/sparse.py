@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from metaprune.graphs.errors import LoadError, MetapruneError, OptionError
+from metaprune.graphs.errors import LoadError, OptionError
 from metaprune.graphs.files import write_atomically
 
 _SCHEMA = 1
@@ -77,10 +77,7 @@ class Sparse:
         """Writes the masks, and where they came from, as one safetensors file; `Sparse.load` reads it."""
         about = {"schema": _SCHEMA, "distortion": self.distortion, "provenance": dict(self.provenance)}
         masks = {name: mask.cpu().contiguous() for name, mask in self.masks.items()}
-        try:
-            write_atomically(Path(path), serialise(masks, {"sparse": json.dumps(about)}))
-        except OSError as error:
-            raise MetapruneError(f"{path}: can not be written: {error.strerror or error}") from error
+        write_atomically(Path(path), serialise(masks, {"sparse": json.dumps(about)}))
 
     @staticmethod
     def load(path: str | Path, model: nn.Module) -> Sparse:

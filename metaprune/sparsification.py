@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metaprune.calibration import Leaves, leaves_of
 from metaprune.criteria import lamp_scores
-from metaprune.graphs.errors import OptionError
+from metaprune.graphs.errors import OptionError, check_seed
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.portable import PortableModule
 from metaprune.graphs.trace import trace
@@ -67,6 +67,9 @@ def sparsify(
         MetapruneError: A weight, or an output on the data, is not finite.
     """
     _check(sparsity, method, levels, data)
+    check_seed(seed)
+    if type(worst_case) is not bool:
+        raise OptionError(f"worst_case: must be True or False, not {worst_case!r}")
     graph = model if isinstance(model, Graph) else trace(model, inputs)
     names = linear_weights(graph)
     if not names:
@@ -94,8 +97,8 @@ def sparsify(
 
 
 def _check(sparsity: float, method: str, levels: int, data: Any) -> None:
-    if not 0 <= sparsity < 1:
-        raise OptionError(f"sparsity: a share from 0 to below 1, not {sparsity}")
+    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        raise OptionError(f"sparsity: a share from 0 to below 1, not {sparsity!r}")
     if method not in ("dp", *METHODS):
         raise OptionError(f"method: {method!r} is none of {', '.join(sorted(['dp', *METHODS]))}")
     if type(levels) is not int or levels < 2:

@@ -98,8 +98,8 @@ def _levels(groups: Sequence[Group], method: str, count: int | None) -> Levels:
     found: Levels = {}
     for group in groups:
         ends = (group.minimum, group.size - 1) if method == MEASURED else (group.minimum, group.size)
-        at = np.linspace(*ends, count, endpoint=method == MEASURED)
-        found[group.name] = np.unique(at.round().astype(np.int64)) if ends[0] < group.size else np.empty(0, np.int64)
+        at = np.linspace(*ends, count, endpoint=method == MEASURED).round().astype(np.int64)
+        found[group.name] = np.unique(np.minimum(at, group.size - 1)) if ends[0] < group.size else at[:0]
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from metaprune.calibration import Leaves, batch_size, joined, outputs_in
 from metaprune.distances import distortion
 from metaprune.graphs.cost import Cost, counted
+from metaprune.graphs.errors import MetapruneError
 from metaprune.graphs.execute import execute
 from metaprune.graphs.ir import Graph, Meta
 from metaprune.graphs.surgery import cut
@@ -57,6 +58,11 @@ class Bench:
         """The dense network's floating-point outputs for each of the batches."""
         with torch.no_grad():
             return [outputs_in(execute(self.graph, self.graph.values, batch)) for batch in self.batches]
+
+    def check_finite(self) -> None:
+        """Raises `MetapruneError` where the dense network's outputs are not finite; then no trial tells anything."""
+        if not all(bool(torch.isfinite(output).all()) for outputs in self.wanted for output in outputs):
+            raise MetapruneError("data: the network's output is not finite")
 
     @cached_property
     def cost(self) -> Cost:

@@ -89,6 +89,6 @@ MEASURED = "measured"
 
 def find(name: str) -> Callable[[Problem], NDArray[np.int64]]:
     """The allocator called `name`; raises `OptionError`."""
-    if name not in ALLOCATORS:
+    if not isinstance(name, str) or name not in ALLOCATORS:
         raise OptionError(f"allocator: {name!r} is none of {', '.join(sorted([*ALLOCATORS, MEASURED]))}")
     return ALLOCATORS[name]

@@ -41,6 +41,6 @@ BACKENDS = {
 
 def find(name: str) -> Run:
     """The back end called `name`; raises `OptionError`."""
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise OptionError(f"backend: {name!r} is none of {', '.join(sorted(BACKENDS))}")
     return cast(Run, import_module(BACKENDS[name]).run)

@@ -98,8 +98,8 @@ class Front:
         Raises:
             OptionError: Another number of values, or one that is not finite.
         """
-        corner = [1.0] * len(self.objectives) if reference is None else [float(value) for value in reference]
-        if len(corner) != len(self.objectives) or not all(map(math.isfinite, corner)):
+        corner = np.ones(len(self.objectives)) if reference is None else np.asarray(reference)
+        if corner.shape != (len(self.objectives),) or corner.dtype.kind not in "if" or not np.isfinite(corner).all():
             raise OptionError(f"reference: a finite number for each of {', '.join(self.objectives)} is needed")
         inside = self.values[(self.values < corner).all(axis=1)]
         return float(moocore.hypervolume(inside, ref=corner)) if len(inside) else 0.0
@@ -111,11 +111,13 @@ class Front:
             limits: Largest values of objectives, or of costs that the plans reach.
 
         Raises:
-            OptionError: A limit is on something that the points do not state.
+            OptionError: A limit is no number, or on something that the points do not state.
             BudgetInfeasible: No point is within the limits; `attainable` is the least of the limit that fails.
         """
         within = list(self.points)
         for name, limit in limits.items():
+            if not isinstance(limit, int | float):
+                raise OptionError(f"best: {name} must be a number, not {limit!r}")
             values = {id(point): self._value(point, name) for point in self.points}
             kept = [point for point in within if values[id(point)] <= limit]
             if not kept:

@@ -14,8 +14,9 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from metaprune.graphs.errors import BudgetInfeasible, OptionError
+from metaprune.graphs.errors import OptionError
 from metaprune.graphs.polynomial import Monomials
+from metaprune.search.budget import ROUNDING, infeasible
 from metaprune.search.problem import Counts, Kept, Problem
 
 Choice = NDArray[np.int64]
@@ -134,12 +135,8 @@ def check_attainable(instance: Instance) -> None:
     ratios = instance.costs(lowest)[0]
     if (ratios > 1 + TOLERANCE).any():
         worst = int(np.argmax(ratios))
-        limit = instance.limits[worst]
-        full = instance.costs(highest)[0, worst]
-        name = f"{limit.name}={1 / full:.4g}"
-        raise BudgetInfeasible(
-            f"budget: {name} can not be met; the least is {limit.name}={ratios[worst] / full:.4f}", ratios[worst] / full
-        )
+        full = float(instance.costs(highest)[0, worst])
+        raise infeasible(instance.limits[worst].name, 1 / full, float(ratios[worst]) / full)
 
 
 def brute_force(instance: Instance) -> Solution:
@@ -168,6 +165,7 @@ def from_problem(problem: Problem, curves: Sequence[Counts], levels: Sequence[Ke
     limits = []
     for name, fraction in problem.budget.limits:
         full = float(costs.evaluate(name, costs.sizes[None])[0])
-        limits.append(Limit(name, costs.monomials(name, place), max(full * fraction, 1e-30)))
+        bound = full * fraction * (1 + ROUNDING) / (1 + TOLERANCE)  # the tolerance is the solvers', not the budget's
+        limits.append(Limit(name, costs.monomials(name, place), max(bound, 1e-30)))
     harm = [curve[lv] for curve, lv in zip(curves, levels, strict=True)]
     return Instance(list(levels), harm, limits)

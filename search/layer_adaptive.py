@@ -14,7 +14,7 @@ from metaprune.search.dynamic import dynamic
 from metaprune.search.instance import Instance, Solution, from_problem
 from metaprune.search.lagrange import lagrange
 from metaprune.search.milp import integer_program
-from metaprune.search.problem import Counts, Kept, Problem, allocator, filled, least_kept, lost
+from metaprune.search.problem import Counts, Kept, Problem, allocator, filled, finite, least_kept, lost
 
 Solver = Callable[[Instance], Solution]
 LEVELS = 16
@@ -45,15 +45,14 @@ def solved(problem: Problem, solver: Solver) -> Kept:
     the gap between the two; and what harm is left in the end.
     """
     curves = curves_of(problem)
-    levels = _finite_only(ladder(least_kept(problem), problem.sizes, problem.step), curves)
+    levels = finite_only(ladder(least_kept(problem), problem.sizes, problem.step), curves)
     found = solver(from_problem(problem, curves, levels))
-    gap, bound = (x if np.isfinite(x) else None for x in (found.gap, found.bound))
-    problem.record.update(harm=found.harm, bound=bound, gap=gap, by=found.notes)
+    problem.record.update(harm=found.harm, bound=finite(found.bound), gap=finite(found.gap), by=found.notes)
     kept = _at(levels, found)
     while any(len(lv) > 1 and int(np.diff(lv).max()) > s for lv, s in zip(levels, problem.step, strict=True)):
         lower = [lv[max(0, i - 1)] for lv, i in zip(levels, found.choice, strict=True)]
         upper = [lv[min(len(lv) - 1, i + 1)] for lv, i in zip(levels, found.choice, strict=True)]
-        levels = _finite_only(ladder(np.array(lower), np.array(upper), problem.step, with_=kept), curves)
+        levels = finite_only(ladder(np.array(lower), np.array(upper), problem.step, with_=kept), curves)
         finer = from_problem(problem, curves, levels)
         before = np.array([np.flatnonzero(lv == k)[0] for lv, k in zip(levels, kept.tolist(), strict=True)])
         found = lagrange(finer, before)
@@ -88,7 +87,7 @@ def ladder(least: Kept, most: Kept, step: Kept, with_: Kept | None = None) -> li
     return found
 
 
-def _finite_only(levels: Sequence[Kept], curves: Sequence[Counts]) -> list[Kept]:
+def finite_only(levels: Sequence[Kept], curves: Sequence[Counts]) -> list[Kept]:
     """Kept counts at which the network gives numbers."""
     return [lv[np.isfinite(curve[lv])] for lv, curve in zip(levels, curves, strict=True)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
@@ -11,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaprune.graphs.cost import Costs
-from metaprune.graphs.errors import BudgetInfeasible
-from metaprune.search.budget import Budget
+from metaprune.search.budget import Budget, infeasible
 
 Counts = NDArray[np.float64]
 Kept = NDArray[np.int64]
@@ -100,13 +100,8 @@ def check_feasible(problem: Problem) -> None:
     """Raises `BudgetInfeasible` with what can be attained when even the least legal plan is over budget."""
     least = problem.excess(problem.minimum)
     if least > 1:
-        name, fraction = problem.budget.limits[0]
-        worst = max(problem.budget.limits, key=lambda limit: _ratio(problem, limit[0]) / limit[1])
-        name, fraction = worst
-        attainable = _ratio(problem, name)
-        raise BudgetInfeasible(
-            f"budget: {name}={fraction} can not be met; the least is {name}={attainable:.4f}", attainable
-        )
+        name, fraction = max(problem.budget.limits, key=lambda limit: _ratio(problem, limit[0]) / limit[1])
+        raise infeasible(name, fraction, _ratio(problem, name))
 
 
 def _ratio(problem: Problem, name: str) -> float:
@@ -126,6 +121,11 @@ def least_kept(problem: Problem) -> Kept:
             return least
         floor /= 2
     return problem.minimum.copy()
+
+
+def finite(value: float) -> float | None:
+    """A number for the record, which is written as JSON: none where it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def lost(scores: Counts) -> Counts:

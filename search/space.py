@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from metaprune.graphs.errors import BudgetInfeasible, LoadError, OptionError, PlanError
+from metaprune.graphs.errors import LoadError, OptionError, PlanError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.graphs.polynomial import Monomials
-from metaprune.search.budget import COUNTED, Budget
+from metaprune.search.budget import COUNTED, Budget, infeasible
 from metaprune.search.variables import Counts, Variable, Width, best_first, ladder, read
 
 Configs = NDArray[np.int64]
@@ -159,18 +159,18 @@ class SearchSpace:
         """Raises `BudgetInfeasible` with what can be attained where no configuration is within the budget.
 
         Raises:
-            OptionError: The budget is a width, which says all that there would be to choose.
+            OptionError: The budget is a width, which says all that there would be to choose, or of an unknown cost.
         """
         if budget is None:
             return
         if budget.width is not None:
             raise OptionError("budget: a search needs a cost, such as macs=0.5; width leaves it nothing to choose")
         for cost, limit in budget.limits:
+            if cost not in self.named:
+                raise OptionError(f"budget: a search can be held to {', '.join(self.named)}, not to {cost!r}")
             attainable = float(self.fractions(cost, self.least)[0])
             if attainable > limit:
-                raise BudgetInfeasible(
-                    f"budget: {cost}={limit} can not be met; the least is {cost}={attainable:.4f}", attainable
-                )
+                raise infeasible(cost, limit, attainable)
 
     # Configurations
 

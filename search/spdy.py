@@ -18,8 +18,8 @@ from metaprune.graphs.errors import OptionError
 from metaprune.search.coefficients import corrected, evolved, neighbours
 from metaprune.search.instance import Instance, from_problem
 from metaprune.search.lagrange import lagrange
-from metaprune.search.layer_adaptive import curves_of, ladder
-from metaprune.search.problem import Counts, Kept, Problem, allocator, filled, least_kept, proportional
+from metaprune.search.layer_adaptive import curves_of, finite_only, ladder
+from metaprune.search.problem import Counts, Kept, Problem, allocator, filled, finite, least_kept, proportional
 
 EVALUATIONS = 128
 _ROUNDS = 3  # of corrections
@@ -52,8 +52,8 @@ def spdy(problem: Problem) -> Kept:
 
     evolved(losses, groups, problem.seed, EVALUATIONS - search.count, _SPREAD)
     best = search.best()
-    problem.record.update(measured=search.count, loss=float(search.tried([best])[0]))
-    problem.record.update(loss_of_solver=float(starts[0]), loss_of_uniform=float(starts[1]))
+    loss, of_solver, of_uniform = map(finite, [*search.tried([best]).tolist(), *starts.tolist()])
+    problem.record.update(measured=search.count, loss=loss, loss_of_solver=of_solver, loss_of_uniform=of_uniform)
     return best
 
 
@@ -68,7 +68,7 @@ class _Search:
         self.count = 0
         self._problem = problem
         self._curves = curves_of(problem)
-        self._levels = ladder(problem.minimum, problem.sizes, problem.step)
+        self._levels = finite_only(ladder(problem.minimum, problem.sizes, problem.step), self._curves)
         self._instance = from_problem(problem, self._curves, self._levels)
         self._losses: dict[tuple[int, ...], float] = {}
 

@@ -181,7 +181,7 @@ def test_what_can_not_be_searched_is_named(task: mp.Task, graph: Graph) -> None:
         ({"objectives": ()}, "objectives: one or more different names"),
         ({"objectives": ("error",)}, "objectives: 'error' needs labels, so a Task"),
         ({"evaluations": 0}, "evaluations: at least 1"),
-        ({"seed": -1}, "seed: must be a whole number of at least 0"),
+        ({"seed": -1}, "seed: must be a whole number from 0"),
         ({"budget": "width=0.5"}, "budget: a search needs a cost"),
         ({"budget": "speed=0.5"}, "budget: 'speed' is none of"),
         ({"levels": 1}, "levels: at least 2"),

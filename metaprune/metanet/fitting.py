@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from importlib import import_module
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaprune.graphs.errors import OptionError
+from metaprune.graphs.errors import OptionError, check_seed
 from metaprune.metanet import figures
 from metaprune.metanet.crossfit import Setting, folds
 from metaprune.metanet.describe import Encoder
 from metaprune.metanet.ensembles import Course
 from metaprune.metanet.examples import DATA, SIGHTS, Example, Making, Measure, gather
 from metaprune.metanet.heads import Allocations, Regressor, Surrogate, logarithm, overall_features, parts_of
+from metaprune.metanet.labels import measure as measured_labels
 from metaprune.metanet.predictor import ABLATION, CURVES, JOINT, Curves, Predictor, losses
 from metaprune.metanet.pruner import MetaPruner
 from metaprune.statistics import SAMPLES
@@ -72,7 +73,7 @@ def fit(
     """
     chosen = _checked(heads, seed, samples, members, encoder, states)
     folder = None if out is None else Path(out)
-    measure = measure or _measure(seed)
+    measure = measure or partial(measured_labels, seed=seed)
     making = Making(measure, seed, samples, encoder, states)
     examples, skipped = gather(zoo, making, None if folder is None else folder / "examples", progress)
     setting = Setting(tuple(examples), folds(examples), members, course or Course(), seed, folder)
@@ -101,23 +102,13 @@ def _checked(
             raise OptionError(f"heads: {head!r} is none of {', '.join(HEADS)}")
     if CURVES not in chosen:
         raise OptionError(f"heads: {CURVES!r} is needed, as all others build on it")
-    if type(seed) is not int:
-        raise OptionError(f"seed: must be a whole number, not {seed!r}")
+    check_seed(seed)
     for option, value, least in (("samples", samples, 1), ("members", members, 1), ("states", states, 0)):
         if type(value) is not int or value < least:
             raise OptionError(f"{option}: a whole number of at least {least} is needed, not {value!r}")
     if (encoder is None) != (states == 0):
         raise OptionError("states: the width of an encoder's states, and 0 without an encoder")
     return chosen
-
-
-def _measure(seed: int) -> Measure:
-    """What measures labels unless told otherwise, loaded when the first network asks."""
-
-    def measure(graph: Any, data: Any) -> Any:
-        return import_module("metaprune.metanet.labels").measure(graph, data, seed=seed)
-
-    return measure
 
 
 def _fitted(setting: Setting, sight: str, joint: bool) -> tuple[Predictor, dict[str, Any]]:
