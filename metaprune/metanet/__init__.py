@@ -1,1 +1,1 @@
-"""The graph metanetwork: a network that reads networks."""
+"""The metanetwork: a zoo of measured networks, and what is learned from it about pruning others."""
