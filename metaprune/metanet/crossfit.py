@@ -42,10 +42,11 @@ class Setting:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the examples' numbers."""
+        """SHA-256 of what was measured on the examples, and of the names of their features."""
         text = hashlib.sha256()
         for example in self.examples:
-            text.update(repr((example.name, example.family, dict(example.minima))).encode())
+            features = {sight: described.schema.digest for sight, described in example.described.items()}
+            text.update(repr((example.name, example.family, dict(example.minima), features)).encode())
             for tensor in (example.joint_kept, example.joint, *example.ablation.values(), *example.plain.values()):
                 text.update(tensor.contiguous().numpy().tobytes())
         return text.hexdigest()

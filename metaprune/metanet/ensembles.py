@@ -7,6 +7,7 @@ run that was killed goes on to the same bits.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ class Course:
         rate: Learning rate of AdamW, after as many steps of warming up as there are between checks.
         decay: Its weight decay.
         memory: Decay of the running mean of the weights, which is what is judged and kept.
+        clip: Greatest norm of a gradient, over all members; None for any.
+        end: Part of the rate that is left in the end, fallen to along a half cosine after warming up.
     """
 
     steps: int = 800
@@ -42,12 +45,20 @@ class Course:
     rate: float = 2e-3
     decay: float = 1.0
     memory: float = 0.98
+    clip: float | None = None
+    end: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "every", "batch"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise OptionError(f"{name}: a positive whole number is needed, not {value!r}")
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        warming = min(1.0, (step + 1) / self.every)
+        passed = min(1.0, max(0, step - self.every) / max(1, self.steps - self.every))
+        return self.rate * warming * (self.end + (1 - self.end) * 0.5 * (1 + math.cos(math.pi * passed)))
 
 
 @dataclass
@@ -75,7 +86,7 @@ def train(
     """Trains all members of a model; it is left with the weights that are kept.
 
     Args:
-        model: All of its parameters have a leading dimension of members.
+        model: All of its parameters have a leading dimension of members, unless there is one member.
         errors: Squared errors of a function like `model.forward` on numbered rows, in units of the targets' variance,
             shape [members, rows].
         seen: Whether each member is trained on a row, shape [members, rows]; the others of its rows are held out.
@@ -115,7 +126,7 @@ class _Run:
         self.trained = Trained()
         self.best: Values = {}
         self._model, self._errors, self._seen, self._course = model, errors, seen, course
-        self._weights = dict(model.named_parameters())
+        self._weights = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self._mean = {name: value.detach().clone() for name, value in self._weights.items()}
         self._optimizer = torch.optim.AdamW(
             self._weights.values(), course.rate, weight_decay=course.decay, foreach=True
@@ -128,9 +139,11 @@ class _Run:
         rows = torch.randint(self._seen.shape[1], (course.batch,), generator=draw)
         weight = self._seen[:, rows].float()
         loss = (self._errors(self._model, rows) * weight).sum(1) / weight.sum(1).clamp_min(1)
-        self._optimizer.param_groups[0]["lr"] = course.rate * min(1.0, (self.step + 1) / course.every)
+        self._optimizer.param_groups[0]["lr"] = course.rate_at(self.step)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss.sum())  # members share no parameter, so the sum trains each on its own loss
+        if course.clip is not None:
+            nn.utils.clip_grad_norm_(self._weights.values(), course.clip)
         self._optimizer.step()
         self.step += 1
         keep = min(course.memory, self.step / (self.step + 9))  # a short memory while little is there to remember

@@ -66,6 +66,7 @@ class Example:
         family: Networks of one family are held out together.
         minima: The least count that each group may keep.
         described: Its features, by sight.
+        order: By sight and group the units in the order of the features of cuts, from the first to go, shape [size].
         ablation: By group the loss of silencing each unit, shape [size].
         levels: By group the kept counts that were measured, shape [levels].
         plain: By group the loss there, shape [levels].
@@ -78,6 +79,7 @@ class Example:
     family: str
     minima: Mapping[str, int]
     described: Mapping[str, Description]
+    order: Mapping[str, Mapping[str, Tensor]]
     ablation: Mapping[str, Tensor]
     levels: Mapping[str, Tensor]
     plain: Mapping[str, Tensor]
@@ -98,6 +100,7 @@ class Example:
             tensors |= {f"{what}/{number}": getattr(self, what)[name] for what in _BY_GROUP}
             for sight, described in self.described.items():
                 tensors |= {f"{sight}/{what}/{number}": getattr(described, what)[name] for what in _TABLES}
+                tensors[f"{sight}/order/{number}"] = self.order[sight][name]
         about = {"key": key, "name": self.name, "family": self.family, "minima": dict(self.minima)}
         content = save_tensors({k: v.contiguous() for k, v in tensors.items()}, {"about": json.dumps(about)})
         write_atomically(path, content)
@@ -112,8 +115,9 @@ class Example:
                     return None
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             names = list(about["minima"])
-            described = {}
+            described, order = {}, {}
             for sight, schema in schemas.items():
+                order[sight] = {name: found[f"{sight}/order/{i}"] for i, name in enumerate(names)}
                 cuts, units, pulls = (
                     {name: found[f"{sight}/{what}/{i}"] for i, name in enumerate(names)} for what in _TABLES
                 )
@@ -126,6 +130,7 @@ class Example:
                 about["family"],
                 about["minima"],
                 described,
+                order,
                 ablation,
                 levels,
                 plain,
@@ -164,7 +169,11 @@ class Making:
 
 
 def gather(
-    zoo: Iterable[Any], making: Making, out: Path | None = None, progress: Progress | None = None
+    zoo: Iterable[Any],
+    making: Making,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    look: Callable[[str, Graph], None] | None = None,
 ) -> tuple[list[Example], dict[str, str]]:
     """Examples of all networks of a zoo, and by name why some have none.
 
@@ -174,6 +183,7 @@ def gather(
         making: How.
         out: Folder of files that are read where they fit, and written.
         progress: Called after each network with the number done and that of all, 0 where it is not known.
+        look: Called with the name and the graph of each network that gives an example.
 
     Raises:
         MetapruneError: The zoo is empty, or no network of it gives an example.
@@ -187,7 +197,7 @@ def gather(
         if name in skipped or any(example.name == name for example in examples):
             raise OptionError(f"zoo: two networks are called {name!r}")
         try:
-            examples.append(_example(name, family, open_task, labels, making, out))
+            examples.append(_example(name, family, open_task, labels, making, out, look))
         except OptionError as error:
             if str(error).startswith("zoo:"):
                 raise
@@ -232,6 +242,7 @@ def _example(
     labels: Callable[[str], Measured | None],
     making: Making,
     out: Path | None,
+    look: Callable[[str, Graph], None] | None,
 ) -> Example:
     task = open_task()
     schemas = making.schemas
@@ -240,17 +251,21 @@ def _example(
     for key, value in sorted(task.model.state_dict().items()):
         text.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     path = None if out is None else out / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
+    found = None
     if path is not None and path.exists():
         found = Example.load(path, text.hexdigest(), schemas)
-        if found is not None:
+        if found is not None and look is None:
             return found
     graph = trace(task.model, task.inputs)
     graph.check_finite()
-    measured = labels(name)
-    example = made(name, family, graph, measured or making.measure(graph, task.train), task.train, making)
-    if path is not None:
-        example.save(path, text.hexdigest())
-    return example
+    if found is None:
+        measured = labels(name)
+        found = made(name, family, graph, measured or making.measure(graph, task.train), task.train, making)
+        if path is not None:
+            found.save(path, text.hexdigest())
+    if look is not None:
+        look(name, graph)
+    return found
 
 
 def made(name: str, family: str, graph: Graph, measured: Measured, data: Any, making: Making) -> Example:
@@ -262,13 +277,13 @@ def made(name: str, family: str, graph: Graph, measured: Measured, data: Any, ma
     groups = [group for group in graph.groups if not group.pinned]
     if dict(measured.sizes) != {group.name: group.size for group in groups} or not groups:
         raise MetapruneError(f"labels: those of {name} are not of its groups")
-    described = {}
+    described, order = {}, {}
     for sight in making.sights:
-        if sight == DATA:
-            statistics = observe(graph, data, making.samples, making.seed)
-            described[sight] = describe(graph, measured.order, statistics, making.encoder)
-        else:
-            described[sight] = describe(graph, orders(graph, "magnitude"), None, making.encoder)
+        seen = sight == DATA
+        statistics = observe(graph, data, making.samples, making.seed) if seen else None
+        found = measured.order if seen else orders(graph, "magnitude")
+        order[sight] = {group.name: found[group.name].cpu() for group in groups}
+        described[sight] = describe(graph, found, statistics, making.encoder)
     values = [*measured.ablation.values(), *measured.plain.values(), *measured.compensated.values(), measured.joint]
     if any(bool(value.isnan().any()) for value in values):
         raise MetapruneError(f"labels: a loss of {name} is not a number")
@@ -278,7 +293,8 @@ def made(name: str, family: str, graph: Graph, measured: Measured, data: Any, ma
     )
     minima = {group.name: group.minimum for group in groups}
     kept = measured.joint_kept.long().cpu()
-    return Example(name, family, minima, described, ablation, levels, plain, compensated, kept, measured.joint.cpu())
+    joint = measured.joint.cpu()
+    return Example(name, family, minima, described, order, ablation, levels, plain, compensated, kept, joint)
 
 
 def orders(graph: Graph, criterion: str, data: Any = None, seed: int = 0) -> dict[str, Tensor]:

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from metaprune.metanet.crossfit import Setting
-from metaprune.metanet.heads import FLOOR, Allocations, Regressor, Surrogate
+from metaprune.metanet.heads import FLOOR, Allocations, Surrogate
 from metaprune.metanet.predictor import Curves
 
 Pair = tuple[NDArray[np.float64], NDArray[np.float64]]
 """Predicted and measured values, logarithms of losses."""
+Units = Mapping[str, NDArray[np.float64]]
 
 
 def explained(pairs: Sequence[Pair]) -> float:
@@ -51,15 +52,16 @@ def of_curves(setting: Setting, predicted: Sequence[tuple[Curves, Curves]]) -> d
     return found
 
 
-def of_ablation(setting: Setting, model: Regressor, sight: str) -> dict[str, Any]:
-    """R2 of the units' losses, and the mean over groups of the rank correlation within each."""
+def of_ablation(setting: Setting, predicted: Sequence[Units]) -> dict[str, Any]:
+    """R2 of the units' losses, and the mean over groups of the rank correlation within each.
+
+    Args:
+        setting: The networks.
+        predicted: For each the logarithms of the units' losses by group, shape [size].
+    """
     pairs: dict[int, Pair] = {}
     within = []
-    for number, example in enumerate(setting.examples):
-        part = setting.of_fold(model, setting.fold_of(number))
-        units = example.described[sight].units
-        with torch.no_grad():
-            mine = {name: part(values).mean(0)[:, 0].double().numpy() for name, values in units.items()}
+    for number, (example, mine) in enumerate(zip(setting.examples, predicted, strict=True)):
         theirs = {name: _log(values.numpy()) for name, values in example.ablation.items()}
         finite = {name: np.isfinite(values) for name, values in theirs.items()}
         pairs[number] = tuple(  # type: ignore[assignment]

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from metaprune.graphs.errors import OptionError, check_seed
+from metaprune.graphs.ir import Graph
 from metaprune.metanet import figures
 from metaprune.metanet.crossfit import Setting, folds
 from metaprune.metanet.describe import Encoder
+from metaprune.metanet.encoder_training import GraphCourse, fitted
 from metaprune.metanet.ensembles import Course
-from metaprune.metanet.examples import DATA, SIGHTS, Example, Making, Measure, gather
-from metaprune.metanet.heads import Allocations, Regressor, Surrogate, logarithm, overall_features, parts_of
+from metaprune.metanet.examples import DATA, SIGHTS, WEIGHTS, Example, Making, Measure, gather
+from metaprune.metanet.graph_head import LOSSES
+from metaprune.metanet.heads import Allocations, Regressor, Surrogate, curve, logarithm, overall_features, parts_of
 from metaprune.metanet.labels import measure as measured_labels
-from metaprune.metanet.predictor import ABLATION, CURVES, JOINT, Curves, Predictor, losses
+from metaprune.metanet.predictor import ABLATION, CURVES, JOINT, Curves, Predictor, logarithms, losses
 from metaprune.metanet.pruner import MetaPruner
+from metaprune.metanet.weight_graph import WeightGraph
 from metaprune.statistics import SAMPLES
 from metaprune.training import Progress
 
 HEADS = (CURVES, JOINT)
+GRAPH = "graph"
+GRAPH_SIGHTS = (WEIGHTS,)
+"""What is looked at where a graph head adds to the others; with data it was measured to add nothing."""
 MEMBERS = 3
 
 
@@ -38,8 +45,9 @@ def fit(
     samples: int = SAMPLES,
     members: int = MEMBERS,
     course: Course | None = None,
-    encoder: Encoder | None = None,
+    encoder: Encoder | Literal["graph"] | None = None,
     states: int = 0,
+    graph: GraphCourse | None = None,
     measure: Measure | None = None,
     progress: Progress | None = None,
 ) -> MetaPruner:
@@ -61,8 +69,11 @@ def fit(
         samples: Samples that features are of, at most.
         members: Networks in each ensemble.
         course: How long and how fast heads are trained.
-        encoder: Gives further states of the units, shape [size, states] by group, as features.
-        states: Width of these.
+        encoder: `"graph"` for graph heads, which are trained here and whose predictions are features of the predictor
+            that looks at the weights alone; all networks are held in memory then. Or a function that gives further
+            states of the units, shape [size, states] by group, as features.
+        states: Width of what such a function gives.
+        graph: How graph heads are built and trained.
         measure: Function of a graph and data that labels a network; by default `metaprune.metanet.labels.measure`.
         progress: Called after each network with the number done and that of all, 0 where it is not known.
 
@@ -71,15 +82,32 @@ def fit(
             and named in the card of what is returned.
         OptionError: An option has no meaning, or `out` belongs to another fit.
     """
-    chosen = _checked(heads, seed, samples, members, encoder, states)
+    wired, function = encoder == GRAPH, None if isinstance(encoder, str) else encoder
+    if isinstance(encoder, str) and not wired:
+        raise OptionError(f"encoder: {GRAPH!r} or a function is needed, not {encoder!r}")
+    if graph is not None and not wired:
+        raise OptionError(f"graph: it is for encoder={GRAPH!r} alone")
+    chosen = _checked(heads, seed, samples, members, function, states)
     folder = None if out is None else Path(out)
     measure = measure or partial(measured_labels, seed=seed)
-    making = Making(measure, seed, samples, encoder, states)
-    examples, skipped = gather(zoo, making, None if folder is None else folder / "examples", progress)
+    making = Making(measure, seed, samples, function, states)
+    networks: dict[str, WeightGraph] = {}
+
+    def keep(name: str, network: Graph) -> None:
+        networks[name] = WeightGraph.of(network)
+
+    stored = None if folder is None else folder / "examples"
+    examples, skipped = gather(zoo, making, stored, progress, keep if wired else None)
     setting = Setting(tuple(examples), folds(examples), members, course or Course(), seed, folder)
-    predictors, validation = {}, {}
+    predictors, validation, graphs = {}, {}, {}
     for sight in SIGHTS:
-        predictors[sight], validation[sight] = _fitted(setting, sight, JOINT in chosen and sight == DATA)
+        own, about = setting, {}
+        if wired and sight in GRAPH_SIGHTS:
+            graphs[sight], read, trained = fitted(setting, sight, networks, graph or GraphCourse())
+            own = replace(setting, examples=read)
+            about = {GRAPH: {**trained, **_by_graphs(own, sight)}}
+        predictors[sight], found = _fitted(own, sight, JOINT in chosen and sight == DATA)
+        validation[sight] = {**found, **about}
     card = {
         "heads": list(chosen),
         "zoo": {"networks": [[e.name, e.family] for e in examples], "digest": setting.digest, "skipped": skipped},
@@ -90,7 +118,21 @@ def fit(
         "states": states,
         "course": asdict(setting.course),
     }
-    return MetaPruner(predictors, card, encoder)
+    return MetaPruner(predictors, card, function, graphs)
+
+
+def _by_graphs(setting: Setting, sight: str) -> dict[str, Any]:
+    """How graph heads do by themselves on families held out."""
+    curves, units = [], []
+    for example in setting.examples:
+        described = example.described[sight]
+        cuts = {name: own[:, -LOSSES:].double().numpy() for name, own in described.cuts.items()}
+        plain, compensated = (
+            {name: curve(own[:, kind], example.minima[name]) for name, own in cuts.items()} for kind in range(LOSSES)
+        )
+        curves.append((plain, compensated))
+        units.append({name: own[:, -1].double().numpy() for name, own in described.units.items()})
+    return {CURVES: figures.of_curves(setting, curves), ABLATION: figures.of_ablation(setting, units)}
 
 
 def _checked(
@@ -118,13 +160,14 @@ def _fitted(setting: Setting, sight: str, joint: bool) -> tuple[Predictor, dict[
     curves, about_curves = _regressor(setting, f"{sight}-{CURVES}", *_curve_rows(setting.examples, sight))
     ablation, about_ablation = _regressor(setting, f"{sight}-{ABLATION}", *_unit_rows(setting.examples, sight))
     final = len(setting.folds) - 1
-    predicted = []
+    predicted, silenced = [], []
     for number, example in enumerate(setting.examples):
-        model = setting.of_fold(curves, setting.fold_of(number))
-        predicted.append(losses(model, described[number], example.minima))
+        fold = setting.fold_of(number)
+        predicted.append(losses(setting.of_fold(curves, fold), described[number], example.minima))
+        silenced.append(logarithms(setting.of_fold(ablation, fold), described[number]))
     validation = {
         CURVES: {**about_curves, **figures.of_curves(setting, predicted)},
-        ABLATION: {**about_ablation, **figures.of_ablation(setting, ablation, sight)},
+        ABLATION: {**about_ablation, **figures.of_ablation(setting, silenced)},
     }
     surrogate = None
     if joint:

@@ -46,9 +46,7 @@ class Predictor:
 
     def ablations(self, description: Description) -> dict[str, NDArray[np.float64]]:
         """Loss in nats when each unit alone is silenced, by group, shape [size]."""
-        with torch.no_grad():
-            found = {name: self.ablation(values).mean(0)[:, 0] for name, values in description.units.items()}
-        return {name: values.double().exp().numpy() for name, values in found.items()}
+        return {name: np.exp(values) for name, values in logarithms(self.ablation, description).items()}
 
     def surrogate(self, description: Description, plain: Curves, compensated: Curves) -> Tables | None:
         """The joint head, ready for allocations of a network; None where there is no such head."""
@@ -94,6 +92,12 @@ class Predictor:
         except (KeyError, RuntimeError) as error:
             raise LoadError(f"the heads are damaged: {' '.join(str(error).split())}") from None
         return Predictor(schema, curves, ablation, joint)
+
+
+def logarithms(model: Regressor, description: Description) -> dict[str, NDArray[np.float64]]:
+    """Logarithms of the losses in nats when each unit alone is silenced, by group, shape [size]."""
+    with torch.no_grad():
+        return {name: model(values).mean(0)[:, 0].double().numpy() for name, values in description.units.items()}
 
 
 def losses(model: Regressor, description: Description, minima: Mapping[str, int]) -> tuple[Curves, Curves]:

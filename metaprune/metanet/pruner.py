@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 import metaprune
 from metaprune.api import Pruned, carried_out, trace
@@ -27,8 +28,10 @@ from metaprune.latency import LatencyTable
 from metaprune.metanet.describe import Encoder, describe, observe
 from metaprune.metanet.encoded import CLOSED, Encoded, scored
 from metaprune.metanet.examples import DATA, WEIGHTS
+from metaprune.metanet.graph_head import GraphHead, Subject
 from metaprune.metanet.predictor import Predictor
 from metaprune.metanet.schema import Schema
+from metaprune.metanet.weight_graph import WeightGraph
 from metaprune.planning import Posed, pose
 from metaprune.reconstruction import reconstruct
 from metaprune.search.front import Front, Point
@@ -36,6 +39,7 @@ from metaprune.selection import nearest
 
 SCHEMA = 1
 DEFAULT = Path(metaprune.__file__).resolve().parents[1] / "checkpoints" / "default.safetensors"
+_GRAPH = "graph."
 _LARGEST, _LEAST = 0.9, 0.05  # kept multiply-adds at the ends of a front unless told otherwise
 
 
@@ -46,17 +50,23 @@ class MetaPruner:
         predictors: Heads by what they look at: `"data"` or the `"weights"` alone.
         card: What they were fitted on, and how well they predict families held out.
         encoder: Of further unit states, where the heads were fitted with one.
+        graphs: By what the heads look at the graph head whose predictions are among their features, where there is one.
         guard: How often the closed form's plan was kept and how often a predicted one, of those that were compared.
     """
 
     def __init__(
-        self, predictors: Mapping[str, Predictor], card: Mapping[str, Any], encoder: Encoder | None = None
+        self,
+        predictors: Mapping[str, Predictor],
+        card: Mapping[str, Any],
+        encoder: Encoder | None = None,
+        graphs: Mapping[str, GraphHead] | None = None,
     ) -> None:
         if bool(card.get("states")) != (encoder is not None):
             raise OptionError("encoder: the heads were fitted " + ("without one" if encoder else "with one"))
         self.predictors = dict(predictors)
         self.card = dict(card)
         self.encoder = encoder
+        self.graphs = dict(graphs or {})
         self.guard: Counter[str] = Counter()
 
     def encode(self, model: Any, inputs: Any = None, data: Any = None, seed: int = 0) -> Encoded:
@@ -74,11 +84,14 @@ class MetaPruner:
         """
         data = None if data is None else repeatable(data)
         graph = model if isinstance(model, Graph) else trace(model, inputs)
-        predictor = self.predictors[WEIGHTS if data is None else DATA]
+        sight = WEIGHTS if data is None else DATA
+        predictor = self.predictors[sight]
         statistics = None if data is None else observe(graph, data, self.card.get("samples", 256), seed)
         scores = scored(graph, "magnitude" if data is None else "fisher_block", statistics)
         order = {name: torch.from_numpy(values.argsort(kind="stable")) for name, values in scores.units.items()}
         described = describe(graph, order, statistics, self.encoder)
+        if sight in self.graphs:
+            described = self.graphs[sight].read(Subject(WeightGraph.of(graph), described, order))
         minima = {group.name: group.minimum for group in graph.groups if not group.pinned}
         if described.schema != predictor.schema:
             raise OptionError("encoder: its states have another width than those that the heads were fitted with")
@@ -182,15 +195,18 @@ class MetaPruner:
         return Front.of(("distortion", "macs"), found, provenance={**_about(encoded), "seed": encoded.seed})
 
     def save(self, path: str | Path) -> None:
-        """Writes safetensors, atomically, with the card as JSON in their metadata; the encoder is not in it."""
+        """Writes safetensors, atomically, with the card as JSON in the metadata; no encoder that is a function."""
         tensors = {
             f"{sight}.{name}": value
             for sight, predictor in self.predictors.items()
             for name, value in predictor.tensors().items()
         }
+        for sight, head in self.graphs.items():
+            tensors |= {f"{_GRAPH}{sight}.{name}": value.contiguous() for name, value in head.state_dict().items()}
+        graphs = {sight: head.config for sight, head in self.graphs.items()}
         schemas = {sight: predictor.schema.digest for sight, predictor in self.predictors.items()}
         versions = {"metaprune": metaprune.__version__, "torch": torch.__version__}
-        card = {"schema": SCHEMA, "features": schemas, "versions": versions, **self.card}
+        card = {"schema": SCHEMA, "features": schemas, "graphs": graphs, "versions": versions, **self.card}
         write_atomically(Path(path), save_tensors(tensors, {"card": json.dumps(card)}))
 
     @staticmethod
@@ -215,18 +231,24 @@ class MetaPruner:
             if card.pop("schema") != SCHEMA:
                 raise LoadError(f"{path}: schema {SCHEMA} is needed")
             features, states = dict(card.pop("features")), int(card["states"])
+            configs = dict(card.pop("graphs", {}))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise LoadError(f"{path}: no checkpoint of a pruner: {' '.join(str(error).split())}") from None
-        predictors = {}
+        predictors, graphs = {}, {}
         for sight, digest in features.items():
             schema = Schema.of(sight == DATA, states)
+            if sight in configs:
+                graphs[sight] = GraphHead.of(schema, configs[sight], _under(f"{_GRAPH}{sight}.", tensors))
+                schema = schema.with_graph()
             if schema.digest != digest:
                 raise LoadError(f"{path}: fitted on other features than this version of metaprune computes; fit again")
-            own = {
-                name.removeprefix(f"{sight}."): value for name, value in tensors.items() if name.startswith(f"{sight}.")
-            }
-            predictors[sight] = Predictor.of(schema, own)
-        return MetaPruner(predictors, card, encoder)
+            predictors[sight] = Predictor.of(schema, _under(f"{sight}.", tensors))
+        return MetaPruner(predictors, card, encoder, graphs)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _about(encoded: Encoded) -> dict[str, Any]:

@@ -55,6 +55,8 @@ DATA_UNIT = (
     "log activation energy over mean",
     "log error after a fit over mean",
 )
+GRAPH_CUT = ("log plain loss by the graph head", "log compensated loss by the graph head")
+GRAPH_UNIT = ("log loss by the graph head",)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ class Schema:
         unit = (*group, *WEIGHTS_UNIT, *(DATA_UNIT if data else ()))
         kept, gone, own = (tuple(f"{what} state {i}" for i in range(states)) for what in ("kept", "gone", "own"))
         return Schema((*cut, *kept, *gone), (*unit, *own))
+
+    def with_graph(self) -> Schema:
+        """The same features with what a graph head predicts behind them."""
+        return Schema((*self.cut, *GRAPH_CUT), (*self.unit, *GRAPH_UNIT))
 
     @property
     def digest(self) -> str:
