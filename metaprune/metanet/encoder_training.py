@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaprune.graphs.errors import OptionError
 from metaprune.metanet.crossfit import Setting
 from metaprune.metanet.ensembles import Course, train
 from metaprune.metanet.examples import Example
@@ -50,6 +51,12 @@ class GraphCourse:
     decay: float = 0.1
     memory: float = 0.99
     clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "layers", "epochs"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise OptionError(f"{name}: a positive whole number is needed, not {value!r}")
 
     def of(self, networks: int) -> Course:
         """The course for some number of networks: a tenth of it warms up, the rate then falls along a half cosine."""

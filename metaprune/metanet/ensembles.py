@@ -53,6 +53,10 @@ class Course:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise OptionError(f"{name}: a positive whole number is needed, not {value!r}")
+        if self.clip is not None and not self.clip > 0:
+            raise OptionError(f"clip: a positive number is needed, not {self.clip!r}")
+        if not 0 <= self.end <= 1:
+            raise OptionError(f"end: a part of the rate from 0 to 1 is needed, not {self.end!r}")
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""

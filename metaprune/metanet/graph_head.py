@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metaprune.graphs.errors import LoadError
+from metaprune.graphs.errors import LoadError, OptionError
 from metaprune.metanet.engine import Metanetwork
 from metaprune.metanet.exchange import DenseExchange
 from metaprune.metanet.heads import FLOOR
@@ -191,6 +191,6 @@ class GraphHead(nn.Module):
             if config["observed"] != len(schema.unit):
                 raise LoadError("the graph head reads other features than this version of metaprune computes")
             head.load_state_dict(dict(tensors))
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, RuntimeError, OptionError) as error:
             raise LoadError(f"the graph head is damaged: {' '.join(str(error).split())}") from None
         return head.requires_grad_(False)
