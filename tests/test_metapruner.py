@@ -457,9 +457,10 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path: Path, monkeypatch: py
     for wrong in (tmp_path / "y", tmp_path / "z"):
         with pytest.raises(LoadError, match="no checkpoint"):
             MetaPruner.load(wrong)
-    monkeypatch.setattr("metaprune.metanet.pruner.DEFAULT", tmp_path / "none")
-    with pytest.raises(LoadError, match="without a checkpoint"):
-        MetaPruner.load("default")
+    for package in ("metaprune.nothing", "metaprune.search"):  # none there, and one without the file
+        monkeypatch.setattr("metaprune.metanet.pruner.CHECKPOINTS", package)
+        with pytest.raises(LoadError, match="without a checkpoint"):
+            MetaPruner.load("default")
 
 
 def test_one_pass_serves_several_budgets_and_the_guard_never_loses() -> None:
