@@ -68,8 +68,8 @@ def fit(
     with errors_in_one_line(debug):
         if out.suffix != ".safetensors":
             raise OptionError(f"out: a name that ends in .safetensors is needed, not {out.name!r}")
+        opened = Zoo.open(zoo, directory)
         with progress_bar("networks") as bar:
-            opened = Zoo.open(zoo, directory)
             pruner = mp.fit(opened, heads.split(","), work, seed, progress=bar)
         pruner.save(out, out.with_suffix(".json"))
         _report_fit(pruner.card, out, opened, as_json)

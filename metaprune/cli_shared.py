@@ -37,7 +37,8 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def progress_bar(steps: str) -> Iterator[Report]:
     """A progress bar on standard error, as a function of the steps done and the steps in all, 0 where unknown."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_interactive) as bar:
         row = bar.add_task(steps, total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total or None)
 
