@@ -15,7 +15,7 @@ from metaprune.judge import Judge
 from metaprune.metanet.encoded import CLOSED
 from metaprune.metanet.examples import DATA, WEIGHTS
 from metaprune.metanet.pruner import MetaPruner
-from tests.support.little_zoo import encoded_unseen, plain_layers, pruner_of_zoo, same, task_of
+from tests.support.little_zoo import encoded_unseen, graph_of, plain_layers, pruner_of_zoo, same, task_of
 
 pytestmark = pytest.mark.xdist_group("little zoo")  # one process: the zoo and its fit are expensive
 
