@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from metaprune.latency import LatencyTable
     from metaprune.metanet.fitting import fit
     from metaprune.metanet.pruner import MetaPruner
+    from metaprune.metanet.zoo import Zoo
     from metaprune.prune_aware import train_tolerant
     from metaprune.reconstruction import reconstruct
     from metaprune.recovery import recalibrate, recover
@@ -50,6 +51,7 @@ __all__ = [
     "Settings",
     "Sparse",
     "Task",
+    "Zoo",
     "__version__",
     "additivity",
     "apply",
@@ -90,6 +92,7 @@ _HOMES = {
     "metaprune.latency": ("LatencyTable",),
     "metaprune.metanet.fitting": ("fit",),
     "metaprune.metanet.pruner": ("MetaPruner",),
+    "metaprune.metanet.zoo": ("Zoo",),
     "metaprune.brain_surgeon": ("obs_update",),
     "metaprune.prune_aware": ("train_tolerant",),
     "metaprune.reconstruction": ("reconstruct",),

@@ -6,31 +6,26 @@ Results go to standard output, progress and errors to standard error.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 import metaprune as mp
 from metaprune import demo as demonstration
 from metaprune import targets
+from metaprune.cli_metanet import fit, zoo_app
+from metaprune.cli_shared import AsJson, Debug, Seed, errors_in_one_line, print_json, progress_bar
+from metaprune.graphs.errors import OptionError
 from metaprune.graphs.ir import Graph
-from metaprune.metanet.building import build as build_zoo
-from metaprune.metanet.sources import SOURCES
-from metaprune.metanet.zoo import Zoo
 from metaprune.planning import JUDGED
 from metaprune.search.allocate import ALLOCATORS
-from metaprune.training import Progress as Report
 
 _ALLOCATORS = ", ".join(name for name in ALLOCATORS if name not in JUDGED)  # no calibration data come from a shell
 app = typer.Typer(
@@ -40,17 +35,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-zoo_app = typer.Typer(help="Zoos of small networks that a metanetwork learns from.", no_args_is_help=True)
 app.add_typer(zoo_app, name="zoo")
+app.command()(fit)
 
 Target = Annotated[str, typer.Argument(help="MODULE:FUNCTION returning (model, inputs), or a folder written by save.")]
 Protect = Annotated[list[str] | None, typer.Option(help="Keep these groups or tensors whole (glob, repeatable).")]
 Only = Annotated[list[str] | None, typer.Option(help="Prune these groups or tensors only (glob, repeatable).")]
 Kinds = Annotated[str | None, typer.Option(help="Prune these kinds only, for instance heads,ffn.")]
 RoundTo = Annotated[int, typer.Option(min=1, help="Keep multiples of this many units.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
-Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 
 
 @app.command()
@@ -60,18 +52,18 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Train, prune to a quarter of the MACs, certify, recover, save, reload, export: on digits, in under a minute."""
-    with _errors_in_one_line(debug):
+    with errors_in_one_line(debug):
         demonstration.show(Console(), out, seed)
 
 
 @app.command()
 def inspect(target: Target, as_json: AsJson = False, debug: Debug = False) -> None:
     """List what can be removed from a network, what can not and why, and what the network costs."""
-    with _errors_in_one_line(debug):
+    with errors_in_one_line(debug):
         graph = mp.trace(*_network(target))
         groups = _groups(graph)
         if as_json:
-            _print_json({"cost": _cost(graph.cost()), "groups": groups, "notes": graph.notes})
+            print_json({"cost": _cost(graph.cost()), "groups": groups, "notes": graph.notes})
             return
         cost = graph.cost()
         table = Table(title=f"{cost.macs:,} MACs, {cost.params:,} parameters")
@@ -92,8 +84,14 @@ def prune(
     target: Target,
     budget: Annotated[str, typer.Option(help="What is kept: macs=0.5, latency=0.6, width=0.5, ...")],
     out: Annotated[Path, typer.Option(help="Folder for the pruned network.", file_okay=False)],
-    criterion: Annotated[str, typer.Option(help="How units are ranked.")] = "magnitude",
-    allocator: Annotated[str, typer.Option(help=f"How the budget is shared among groups: {_ALLOCATORS}.")] = "global",
+    criterion: Annotated[str | None, typer.Option(help="How units are ranked; magnitude by default.")] = None,
+    allocator: Annotated[
+        str | None, typer.Option(help=f"How the budget is shared among groups: {_ALLOCATORS}; global by default.")
+    ] = None,
+    pruner: Annotated[
+        str | None,
+        typer.Option(help="FILE written by fit, or default: one pass of a metanetwork; a Task gives it data, too."),
+    ] = None,
     protect: Protect = None,
     only: Only = None,
     kinds: Kinds = None,
@@ -106,21 +104,25 @@ def prune(
     debug: Debug = False,
 ) -> None:
     """Prune a network to a budget, certify the cut and save the result."""
-    with _errors_in_one_line(debug):
+    with errors_in_one_line(debug):
         table = _latency_table(latency, engine)
-        pruned = mp.prune(
-            *_network(target),
-            budget=budget,
-            criterion=criterion,
-            allocator=allocator,
-            protect=protect or (),
-            only=only or (),
-            kinds=kinds.split(",") if kinds else None,
-            round_to=round_to,
-            seed=seed,
-            certify=certify,
-            latency=table,
-        )
+        options: dict[str, Any] = {
+            "budget": budget,
+            "protect": protect or (),
+            "only": only or (),
+            "kinds": kinds.split(",") if kinds else None,
+            "round_to": round_to,
+            "seed": seed,
+            "certify": certify,
+            "latency": table,
+        }
+        if pruner is None:
+            pruned = mp.prune(*_network(target), criterion=criterion, allocator=allocator, **options)
+        elif criterion or allocator:
+            raise OptionError("pruner: it ranks units and shares the budget itself, without criterion and allocator")
+        else:
+            model, inputs, data = _network_and_data(target)
+            pruned = mp.MetaPruner.load(pruner).prune(model, inputs, data=data, **options)
         pruned.save(out)
         if table is not None and latency is not None:
             table.save()
@@ -147,7 +149,7 @@ def explore(
     debug: Debug = False,
 ) -> None:
     """Search for the best trade-offs between what a pruned network is worth and what it costs."""
-    with _errors_in_one_line(debug), _bar() as bar:
+    with errors_in_one_line(debug), progress_bar("evaluations") as bar:
         front = mp.explore(
             mp.trace(*_network(target)) if noise else targets.task(target),
             backend=backend,
@@ -166,58 +168,20 @@ def explore(
     _report_front(front, out, as_json)
 
 
-@zoo_app.command()
-def build(
-    out: Annotated[Path, typer.Option(help="Folder of the zoo, to go on from.", file_okay=False)],
-    networks: Annotated[int, typer.Option(help="Members of the zoo.")] = 120,
-    data: Annotated[str, typer.Option(help=f"What they learn: {', '.join(SOURCES)} or both.")] = "fashion-mnist",
-    directory: Annotated[Path | None, typer.Option(help="Fashion-MNIST's files, if not the Debian package's.")] = None,
-    processes: Annotated[int, typer.Option(help="Processes of one thread each.")] = 1,
-    seed: Seed = 0,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Train random networks of many families and measure what losing their units costs."""
-    with _errors_in_one_line(debug):
-        with _bar("members") as bar:
-            zoo = build_zoo(out, networks, data, seed, processes, directory, progress=bar)
-        _report_zoo(zoo, as_json)
-
-
-@zoo_app.command()
-def show(
-    folder: Annotated[Path, typer.Argument(help="Folder of a zoo.", file_okay=False)],
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """List the members of a zoo by family, and those that are broken."""
-    with _errors_in_one_line(debug):
-        zoo = Zoo.open(folder)
-        zoo.check()
-        _report_zoo(zoo, as_json)
-
-
 def main() -> None:
     """Entry point of the console script; modules in the current directory can be named."""
     sys.path.insert(0, os.getcwd())
     app()
 
 
-@contextlib.contextmanager
-def _errors_in_one_line(debug: bool) -> Iterator[None]:
-    try:
-        yield
-    except (mp.MetapruneError, OSError) as error:
-        if debug:
-            raise
-        message = " ".join(str(error).split())
-        Console(stderr=True, soft_wrap=True).print(Text(f"error: {message}"), style="red")
-        raise typer.Exit(2) from error
-
-
 def _network(target: str) -> tuple[Any, Any]:
     """Model and example inputs of a target."""
     return targets.saved(target) if Path(target).is_dir() else targets.build(target)
+
+
+def _network_and_data(target: str) -> tuple[Any, Any, Any]:
+    """Model and example inputs of a target; of a task the batches it is trained on, else None."""
+    return (*targets.saved(target), None) if Path(target).is_dir() else targets.build_with_data(target)
 
 
 def _latency_table(path: Path | None, engine: str | None) -> mp.LatencyTable | None:
@@ -256,7 +220,7 @@ def _report(pruned: mp.Pruned, out: Path, as_json: bool) -> None:
         proof = None
         if certificate is not None:
             proof = {"ok": certificate.ok, "wiring": certificate.wiring, "function": certificate.function}
-        _print_json(
+        print_json(
             {
                 "out": str(out),
                 "kind": pruned.kind,
@@ -278,18 +242,10 @@ def _report(pruned: mp.Pruned, out: Path, as_json: bool) -> None:
         console.print(Text(f"note: {note}"))
 
 
-@contextlib.contextmanager
-def _bar(steps: str = "evaluations") -> Iterator[Report]:
-    """A progress bar on standard error, as a function of the steps done and the steps in all."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        row = bar.add_task(steps, total=None)
-        yield lambda done, total: bar.update(row, completed=done, total=total)
-
-
 def _report_front(front: mp.Front, out: Path | None, as_json: bool) -> None:
     rows = [dict(zip(front.objectives, point.objectives, strict=True)) for point in front.points]
     if as_json:
-        _print_json(
+        print_json(
             {
                 "out": None if out is None else str(out),
                 "evaluations": front.evaluations,
@@ -309,30 +265,5 @@ def _report_front(front: mp.Front, out: Path | None, as_json: bool) -> None:
     Console().print(table)
 
 
-def _report_zoo(zoo: Zoo, as_json: bool) -> None:
-    families = zoo.by_family()
-    missing = {"skipped": dict(zoo.skipped), "failed": dict(zoo.failed)}
-    if as_json:
-        _print_json({"folder": str(zoo.folder), "members": len(zoo), "families": families, **missing})
-        return
-    headings = ("family", "members", "early", "pruned", "MMACs", "units", "accuracy", "worst", "best")
-    table = Table(title=f"{zoo.folder}: {len(zoo)} members")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "family" else "right")
-    for name, row in families.items():
-        counts = (str(row[key]) for key in ("members", "early", "pruned"))
-        accuracies = (f"{row[key]:.1%}" for key in ("accuracy", "worst", "best"))
-        table.add_row(name, *counts, f"{row['macs'] / 1e6:.2f}", f"{row['units']:.0f}", *accuracies)
-    console = Console()
-    console.print(table)
-    for what, reasons in missing.items():
-        for name, reason in reasons.items():
-            console.print(Text(f"{what}: {name}: {reason}"))
-
-
 def _cost(cost: Any) -> dict[str, int]:
     return {"macs": cost.macs, "params": cost.params, "bytes": cost.bytes}
-
-
-def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")

@@ -27,10 +27,15 @@ def build(target: str) -> tuple[nn.Module, Inputs]:
     Raises:
         OptionError: There is no such module or function, it fails, or it returns something else.
     """
-    match _made(target):
-        case (nn.Module() as model, (Tensor() | tuple() | dict()) as inputs):
-            return model, inputs
-    raise OptionError(f"{target} must return (model, inputs): an nn.Module and a tensor, tuple or dict")
+    return _network(target, _made(target))
+
+
+def build_with_data(target: str) -> tuple[nn.Module, Inputs, Any]:
+    """As `build`, but the function may return a task; last are the batches that it is trained on, without one None."""
+    made = _made(target)
+    if isinstance(made, Task):
+        return made.model, made.inputs, made.train
+    return (*_network(target, made), None)
 
 
 def task(target: str) -> Task:
@@ -58,6 +63,13 @@ def saved(folder: str) -> tuple[nn.Module, Inputs]:
 
     inputs: dict[str, Any] = {name: put_together(value, example) for name, value in kwargs.items()}
     return PortableModule(graph).eval(), inputs or tuple(put_together(value, example) for value in args)
+
+
+def _network(target: str, made: Any) -> tuple[nn.Module, Inputs]:
+    match made:
+        case (nn.Module() as model, (Tensor() | tuple() | dict()) as inputs):
+            return model, inputs
+    raise OptionError(f"{target} must return (model, inputs): an nn.Module and a tensor, tuple or dict")
 
 
 def _made(target: str) -> Any:

@@ -17,7 +17,7 @@ def run(name: str, cwd: Path, *arguments: str) -> str:
 
 
 def test_there_is_a_test_for_every_example() -> None:
-    tested = {"prune_and_save.py", "groups_of_a_transformer.py", "recover_digits.py"}
+    tested = {"prune_and_save.py", "groups_of_a_transformer.py", "recover_digits.py", "one_pass.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -40,3 +40,16 @@ def test_recover_digits(tmp_path: Path) -> None:
     assert rows["dense"] > 95
     assert rows["pruned"] < rows["recovered"]
     assert rows["recovered"] > rows["dense"] - 3
+
+
+def test_one_pass(tmp_path: Path) -> None:
+    lines = [line.split() for line in run("one_pass.py", tmp_path).splitlines()]
+    scores = {line[0]: float(line[1].rstrip("%")) for line in lines if line[1].endswith("%")}
+    assert list(scores) == ["dense", "macs=0.5", "macs=0.25", "macs=0.125"]
+    assert scores["dense"] > 95
+    assert scores["macs=0.5"] > scores["dense"] - 5  # without a step of training
+    assert scores["macs=0.125"] > scores["dense"] - 15
+    found = [(float(line[1].rstrip(",")), float(line[2].rstrip("%"))) for line in lines if line[0] == "error"]
+    assert len(found) >= 3
+    assert found == sorted(found)
+    assert [macs for _, macs in found] == sorted((macs for _, macs in found), reverse=True)

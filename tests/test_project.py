@@ -74,8 +74,8 @@ EAGER = {
     "moocore": ("metaprune.search.*",),
     "optuna": ("metaprune.search.*", "metaprune.jobs"),
     "torch_geometric": ("metaprune.metanet*",),
-    "typer": ("metaprune.cli",),
-    "rich": ("metaprune.cli", "metaprune.demo"),
+    "typer": ("metaprune.cli*",),
+    "rich": ("metaprune.cli*", "metaprune.demo"),
 }
 LAZY = {
     "networkx": ANYWHERE,
@@ -224,11 +224,11 @@ def test_importing_is_cheap(code: str, tmp_path: Path) -> None:
 
 
 def test_the_mapped_folders_are_not_installed_as_top_level_modules(tmp_path: Path) -> None:
-    code = "import importlib.util as u\nfor name in ('graphs', 'search'): print(u.find_spec(name))"
-    assert run_python(code, tmp_path).split() == ["None", "None"]
+    code = "import importlib.util as u\nfor name in ('graphs', 'search', 'checkpoints'): print(u.find_spec(name))"
+    assert run_python(code, tmp_path).split() == ["None", "None", "None"]
 
 
-def test_the_wheel_holds_the_three_folders_and_nothing_else(tmp_path: Path) -> None:
+def test_the_wheel_holds_the_mapped_folders_and_nothing_else(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__")
     for folder in FOLDERS.values():
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
@@ -246,6 +246,8 @@ def test_the_wheel_holds_the_three_folders_and_nothing_else(tmp_path: Path) -> N
     }
     assert modules == expected
     assert "metaprune/py.typed" in files
+    shipped = {path.name for path in (ROOT / "checkpoints").iterdir() if path.suffix in (".safetensors", ".json")}
+    assert {f"metaprune/checkpoints/{name}" for name in shipped} <= set(files)
 
 
 @pytest.mark.parametrize("name", metaprune.__all__)

@@ -26,8 +26,9 @@ from metaprune.metanet.making import EARLY, PRUNED, TRAINED, Line, Maker
 from metaprune.metanet.processes import spread
 from metaprune.metanet.sources import source
 from metaprune.metanet.zoo import Zoo, network, sha256
+from tests.support.small_zoo import PLANS, SEED, built
 
-PLANS = 1
+pytestmark = pytest.mark.xdist_group("small zoo")  # one process: it is expensive
 BUILD = """
 import sys
 from metaprune.metanet.building import build
@@ -36,19 +37,10 @@ if __name__ == "__main__":
 """
 
 
-def cheap_seed() -> int:
-    """A seed whose first architectures are quick to measure, the second of them the one with an early member."""
-    cheap = {"mlp", "vgg", "plain"}
-    return next(seed for seed in range(1000) if {line.family for line in lines(3, "digits", seed)} <= cheap)
-
-
-SEED = cheap_seed()
-
-
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    """Three members: two architectures, the second also from early on."""
-    return build(tmp_path_factory.mktemp("zoo") / "a", 3, "digits", SEED, plans=PLANS, epochs=1)
+@pytest.fixture
+def zoo(small_zoo: Zoo) -> Zoo:
+    """The shared zoo as if just opened: what one test found broken is no other's business."""
+    return Zoo.open(small_zoo.folder)
 
 
 def copied(zoo: Zoo, to: Path) -> Path:
@@ -137,7 +129,7 @@ def test_a_killed_build_goes_on_to_the_same_bits_in_several_processes(zoo: Zoo, 
     script.write_text(BUILD)
     process = subprocess.Popen([sys.executable, script, out, str(SEED)], env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
-    while not list(out.glob("members/*/member.json")) or not list(out.glob("members/.part-*")):
+    while not list(out.glob("members/[0-9]*/member.json")) or not list(out.glob("members/.part-*")):
         assert process.poll() is None, "it was to be killed on its way"
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -145,7 +137,7 @@ def test_a_killed_build_goes_on_to_the_same_bits_in_several_processes(zoo: Zoo, 
     process.wait()
     left = {path: path.stat().st_mtime_ns for path in out.glob("members/[0-9]*/*")}
     assert left
-    resumed = build(out, 3, "digits", SEED, processes=2, plans=PLANS, epochs=1)
+    resumed = built(out, processes=2)
     assert (out / "manifest.json").read_bytes() == (zoo.folder / "manifest.json").read_bytes()
     assert not list(out.glob("members/.part-*"))
     assert {path: path.stat().st_mtime_ns for path in left} == left
@@ -196,7 +188,7 @@ def test_broken_members_are_skipped_by_name_and_made_again(zoo: Zoo, tmp_path: P
         broken.member(first)
     code = CliRunner().invoke(app, ["zoo", "show", str(folder), "--json"])
     assert set(json.loads(code.stdout)["skipped"]) == {first, second}
-    healed = build(folder, 3, "digits", SEED, plans=PLANS, epochs=1)
+    healed = built(folder)
     assert len(list(healed)) == 3
     assert healed.facts == zoo.facts
 

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from metaprune.search.front import Front, Point
 from metaprune.selection import nearest
 
 SCHEMA = 1
-DEFAULT = Path(metaprune.__file__).resolve().parents[1] / "checkpoints" / "default.safetensors"
+CHECKPOINTS = "metaprune.checkpoints"
 _GRAPH = "graph."
 _LARGEST, _LEAST = 0.9, 0.05  # kept multiply-adds at the ends of a front unless told otherwise
 
@@ -194,8 +195,13 @@ class MetaPruner:
                     found.append(Point((predicted[name], plan.reached["macs"]), plan, info={"predicted": True}))
         return Front.of(("distortion", "macs"), found, provenance={**_about(encoded), "seed": encoded.seed})
 
-    def save(self, path: str | Path) -> None:
-        """Writes safetensors, atomically, with the card as JSON in the metadata; no encoder that is a function."""
+    def save(self, path: str | Path, card_path: str | Path | None = None) -> None:
+        """Writes safetensors, atomically, with the card as JSON in the metadata; no encoder that is a function.
+
+        Args:
+            path: The file.
+            card_path: A second file, for the card alone, to be read by people.
+        """
         tensors = {
             f"{sight}.{name}": value
             for sight, predictor in self.predictors.items()
@@ -208,6 +214,8 @@ class MetaPruner:
         versions = {"metaprune": metaprune.__version__, "torch": torch.__version__}
         card = {"schema": SCHEMA, "features": schemas, "graphs": graphs, "versions": versions, **self.card}
         write_atomically(Path(path), save_tensors(tensors, {"card": json.dumps(card)}))
+        if card_path is not None:
+            write_atomically(Path(card_path), (json.dumps(card, indent=1) + "\n").encode())
 
     @staticmethod
     def load(path: str | Path = "default", encoder: Encoder | None = None) -> MetaPruner:
@@ -221,9 +229,7 @@ class MetaPruner:
             LoadError: The file is missing, damaged, or of other features than this version computes.
             OptionError: An encoder is missing, or there should be none.
         """
-        file = DEFAULT if str(path) == "default" else Path(path)
-        if str(path) == "default" and not file.exists():
-            raise LoadError("default: this installation comes without a checkpoint; make one with metaprune.fit")
+        file = _default() if str(path) == "default" else Path(path)
         try:
             with safe_open(file, "pt") as opened:
                 card = json.loads((opened.metadata() or {})["card"])
@@ -249,6 +255,17 @@ class MetaPruner:
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names start with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _default() -> Path:
+    """The checkpoint that comes with metaprune, found in a source checkout and in an installed wheel alike."""
+    try:
+        file = Path(str(files(CHECKPOINTS))) / "default.safetensors"
+    except ModuleNotFoundError:
+        file = Path()
+    if not file.is_file():
+        raise LoadError("default: this installation comes without a checkpoint; make one with metaprune.fit")
+    return file
 
 
 def _about(encoded: Encoded) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Weights that come with metaprune: `default.safetensors`, read by `MetaPruner.load("default")`, and its card."""
