@@ -121,12 +121,12 @@ def plan(
             curves of what lost units cost each group, `"dp"` (dynamic program), `"milp"` (integer program; for several
             budgets at once and for dense topologies) and `"lagrange"` (in milliseconds), all of which note in
             `plan.provenance["solver"]` how far from the least summed cost they may be (HiGHS, behind `"milp"`, stops
-            after four seconds by the clock, so its answer to a large problem may depend on the machine's load), and `"spdy"` (the curves'
-            weights are searched by the loss that pruned networks are measured to have); or `"measured"` (several
-            allocations, with units ranked by the criterion and by their norms; each is cut and fitted on some of the
-            data, and the one nearest to the dense network on others is taken). By default `"measured"` when there are
-            data and no criterion is named, `"dp"` for curves, `"cost"` for `"fisher"` and `"fisher_block"`, else
-            `"global"`.
+            after four seconds by the clock, so its answer to a large problem may depend on the machine's load),
+            and `"spdy"` (the curves' weights are searched by the loss that pruned networks are measured to have); or
+            `"measured"` (several allocations, with units ranked by the criterion and by their norms; each is cut and
+            fitted on some of the data, and the one nearest to the dense network on others is taken). By default
+            `"measured"` when there are data and no criterion is named, `"dp"` for curves, `"cost"` for `"fisher"` and
+            `"fisher_block"`, else `"global"`.
         data: Batches of inputs or of (inputs, labels) for criteria and allocators that look at data; at most
             256 samples are scored by, and 500 measured with. Where neither looks at them they are refused.
         round_to: Kept channel counts are multiples of this.

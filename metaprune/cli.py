@@ -103,22 +103,24 @@ def prune(
     """Prune a network to a budget, certify the cut and save the result."""
     with _errors_in_one_line(debug):
         table = _latency_table(latency, engine)
-        pruned = mp.prune(
-            *_network(target),
-            budget=budget,
-            criterion=criterion,
-            allocator=allocator,
-            protect=protect or (),
-            only=only or (),
-            kinds=kinds.split(",") if kinds else None,
-            round_to=round_to,
-            seed=seed,
-            certify=certify,
-            latency=table,
-        )
+        try:
+            pruned = mp.prune(
+                *_network(target),
+                budget=budget,
+                criterion=criterion,
+                allocator=allocator,
+                protect=protect or (),
+                only=only or (),
+                kinds=kinds.split(",") if kinds else None,
+                round_to=round_to,
+                seed=seed,
+                certify=certify,
+                latency=table,
+            )
+        finally:
+            if table is not None and latency is not None:
+                table.save()  # operators that were timed need not be again, whatever came of the plan
         pruned.save(out)
-        if table is not None and latency is not None:
-            table.save()
         _report(pruned, out, as_json)
 
 
@@ -269,7 +271,7 @@ def _report_front(front: mp.Front, out: Path | None, as_json: bool) -> None:
     where = "" if out is None else f", saved to {out}"
     table = Table(*front.objectives, title=f"{len(front)} points of {front.evaluations} evaluations{where}")
     for row in rows:
-        table.add_row(*(f"{value:.4f}" for value in row.values()))
+        table.add_row(*(f"{value:.4g}" for value in row.values()))
     Console().print(table)
 
 
