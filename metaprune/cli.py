@@ -116,16 +116,18 @@ def prune(
             "certify": certify,
             "latency": table,
         }
-        if pruner is None:
-            pruned = mp.prune(*_network(target), criterion=criterion, allocator=allocator, **options)
-        elif criterion or allocator:
-            raise OptionError("pruner: it ranks units and shares the budget itself, without criterion and allocator")
-        else:
-            model, inputs, data = _network_and_data(target)
-            pruned = mp.MetaPruner.load(pruner).prune(model, inputs, data=data, **options)
+        try:
+            if pruner is None:
+                pruned = mp.prune(*_network(target), criterion=criterion, allocator=allocator, **options)
+            elif criterion or allocator:
+                raise OptionError("pruner: it ranks units and shares the budget itself: no criterion, no allocator")
+            else:
+                model, inputs, data = _network_and_data(target)
+                pruned = mp.MetaPruner.load(pruner).prune(model, inputs, data=data, **options)
+        finally:
+            if table is not None and latency is not None:
+                table.save()  # operators that were timed need not be again, whatever came of the plan
         pruned.save(out)
-        if table is not None and latency is not None:
-            table.save()
         _report(pruned, out, as_json)
 
 
@@ -261,7 +263,7 @@ def _report_front(front: mp.Front, out: Path | None, as_json: bool) -> None:
     where = "" if out is None else f", saved to {out}"
     table = Table(*front.objectives, title=f"{len(front)} points of {front.evaluations} evaluations{where}")
     for row in rows:
-        table.add_row(*(f"{value:.4f}" for value in row.values()))
+        table.add_row(*(f"{value:.4g}" for value in row.values()))
     Console().print(table)
 
 

@@ -14,13 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import metaprune as mp
-from metaprune.cli import app
+from metaprune.cli import _report_front, app
 from metaprune.distances import distortion
 from metaprune.graphs.errors import BudgetInfeasible, LoadError, OptionError, PlanError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.objectives import OBJECTIVES, Objectives
 from metaprune.search.evaluate import Fidelity
+from metaprune.search.front import Point
 from tests.support import digits_search
 
 QUICK: dict[str, Any] = {"evaluations": 4, "samples": 32, "criterion": "magnitude"}
@@ -210,6 +211,14 @@ def test_a_network_that_does_not_run_is_left_out(task: mp.Task, graph: Graph, mo
     monkeypatch.setitem(OBJECTIVES, "distortion", dataclasses.replace(OBJECTIVES["distortion"], value=broken))
     result = judged(_keep(graph), Fidelity(16))
     assert (result.values, result.note) == (None, "singular")
+
+
+def test_small_values_are_told_apart_in_the_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    points = [Point((value, 1 - value), mp.Plan({}, "")) for value in (1.2e-7, 3.4e-6)]
+    _report_front(mp.Front.of(("distortion", "macs"), points), None, as_json=False)
+    shown = capsys.readouterr().out
+    assert "1.2e-07" in shown
+    assert "3.4e-06" in shown
 
 
 def test_explore_from_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -453,6 +453,9 @@ def test_the_command_line_keeps_a_table(tmp_path: Path, monkeypatch: pytest.Monk
     done = CliRunner().invoke(app, [*command, "latency=0.9"])
     assert done.exit_code == 0, done.output
     first = path.read_text()
+    other = ["--latency", str(tmp_path / "other.json")]
+    assert CliRunner().invoke(app, [*command, "latency=0.0001", *other]).exit_code == 2
+    assert len(mp.LatencyTable.load(tmp_path / "other.json").times) > 1  # an infeasible budget wastes no times
     assert CliRunner().invoke(app, [*command, "latency=0.9"]).exit_code == 0
     assert path.read_text() == first
     refused = CliRunner().invoke(app, [*command, "latency=0.9", "--engine", "onnxruntime"])
