@@ -1,0 +1,174 @@
+"""One pass of the metanetwork on networks of families that it was not fitted on, against the closed form.
+
+Some families of a zoo are left out of the fit, and their trained networks are pruned: without a training step, every
+arm with the same 512 unlabelled images and the same fit by least squares. A second zoo is of another data set, which
+no network of the fit has learned either.
+
+    metaprune zoo build --out runs/zoo --networks 120 --data fashion-mnist --seed 0 --processes 2
+    metaprune zoo build --out runs/zoo-digits --networks 24 --data digits --seed 1 --processes 2
+    python benchmarks/metanet.py --zoo runs/zoo --other runs/zoo-digits --part 0/2     # and 1/2; goes on where stopped
+    python benchmarks/metanet.py --zoo runs/zoo --other runs/zoo-digits --table        # results/metanet.json, README
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy_arms import WITHOUT_TRAINING, measured
+from accuracy_case import Arm, Case, Made
+from ledger import appending, read_rows
+from report import provenance, put_table
+
+import metaprune as mp
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "metanet.json"
+UNSEEN = ("convnext", "densenet", "mixer", "mobilenet", "resnext", "vit")
+BUDGETS = (0.25, 0.125)
+FLOOR = "block Fisher, cost + least squares"
+RIVALS = ("L2 over mean + least squares", "L2, uniform + least squares", "OBSPA + least squares", FLOOR)
+METANETWORK = "metanetwork, one pass"
+NORMAL = 1.645  # of a standard error: half of an interval of 90 %
+
+
+def pruned_in_one_pass(pruner: mp.MetaPruner) -> Arm:
+    """The arm of a fitted pruner; a case is encoded once for all budgets."""
+
+    def arm(case: Case, budget: float) -> Made:
+        began = time.process_time()
+        if "encoded" not in case.shared:
+            case.shared["encoded"] = pruner.encode(case.graph, data=case.calibration, seed=case.seed)
+            case.shared["seconds"] = time.process_time() - began
+            spent = 0.0
+        else:
+            spent = case.shared["seconds"]
+        pruned = pruner.prune(case.shared["encoded"], budget=f"macs={budget}")
+        case.shared["kept"] = pruned.plan.provenance["guard"]["kept"]
+        return Made(pruned.module, pruned.cost["after"].macs, pruned.cost["after"].params, pruned, spent)
+
+    return arm
+
+
+class Seen:
+    """The members of a zoo that a fit may see, with their labels."""
+
+    def __init__(self, zoo: mp.Zoo) -> None:
+        self.labels = zoo.labels
+        self._zoo = zoo
+
+    def __iter__(self) -> Any:
+        return (member for member in self._zoo if member.family not in UNSEEN)
+
+
+def fitted(zoo: mp.Zoo, out: Path) -> mp.MetaPruner:
+    """A pruner that has not seen the families which it is judged on; kept in a file."""
+    path = out / "pruner.safetensors"
+    if not path.exists():
+        mp.fit(Seen(zoo), out=out / "fit", seed=0).save(path)
+    return mp.MetaPruner.load(path)
+
+
+def unseen(zoo: mp.Zoo) -> list[str]:
+    """The trained members of the families left out."""
+    return [name for name, facts in zoo.facts.items() if facts["family"] in UNSEEN and facts["kind"] == "trained"]
+
+
+def case_of(zoo: mp.Zoo, name: str) -> Case:
+    """A member as a case of the accuracy benchmark."""
+    member = zoo.member(name)
+    whole = member.calibration
+    batches = list(zip(whole.images.split(128), whole.labels.split(128), strict=True))
+    graph = mp.trace(member.task.model, member.task.inputs)
+    seed = int(name.split("-")[0])
+    return Case(name, seed, member.task.model, graph, member.task.train, member.task.val, batches)  # type: ignore[arg-type]
+
+
+def measure(zoo: mp.Zoo, data: str, pruner: mp.MetaPruner, out: Path, part: int, parts: int) -> None:
+    """Prunes this process's share of the networks, in every arm and at every budget."""
+    arms = {arm: WITHOUT_TRAINING[arm] for arm in RIVALS} | {METANETWORK: pruned_in_one_pass(pruner)}
+    done = {tuple(row["key"]) for row in read_rows(out)}
+    with appending(out / f"rows-{part}.jsonl") as add:
+        for name in unseen(zoo)[part::parts]:
+            keys = [(data, name, budget, arm) for budget in BUDGETS for arm in arms]
+            if done.issuperset(keys):
+                continue
+            case = case_of(zoo, name)
+            for key in keys:
+                if key not in done:
+                    facts = measured(arms[key[3]], case, key[2])
+                    kept = {"kept": case.shared["kept"]} if key[3] == METANETWORK else {}
+                    add({"key": key, "family": zoo.facts[name]["family"], **facts, **kept})
+                    print(*key, f"{facts['score']:.4f}", flush=True)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean scores, and paired differences of the metanetwork to each other arm with intervals of 90 %."""
+    scores: dict[tuple[float, str], dict[tuple[str, str], float]] = defaultdict(dict)
+    for row in rows:
+        data, name, budget, arm = row["key"]
+        scores[budget, arm][data, name] = 100 * row["score"]
+    arms = (*RIVALS, METANETWORK)
+    whole = set.intersection(*(set(scores[budget, arm]) for budget in BUDGETS for arm in arms))
+    dense = statistics.mean(
+        {tuple(r["key"][:2]): 100 * r["dense"] for r in rows if tuple(r["key"][:2]) in whole}.values()
+    )
+    heads = [f"MACs {budget:g}" for budget in BUDGETS]
+    lines = [f"| accuracy, no training steps | {' | '.join(heads)} |", "|---" * (len(BUDGETS) + 1) + "|"]
+    for arm in arms:
+        means = [statistics.mean(scores[budget, arm][key] for key in whole) for budget in BUDGETS]
+        lines.append(f"| {arm} | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
+    lines += ["", f"| the metanetwork less, 90 % interval (worst network) | {' | '.join(heads)} |", lines[1]]
+    for arm in RIVALS:
+        cells = []
+        for budget in BUDGETS:
+            gaps = [scores[budget, METANETWORK][key] - scores[budget, arm][key] for key in sorted(whole)]
+            error = NORMAL * statistics.stdev(gaps) / len(gaps) ** 0.5
+            cells.append(f"{statistics.mean(gaps):+.1f} ± {error:.1f} ({min(gaps):+.1f})")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    own = [row for row in rows if row["key"][3] == METANETWORK and tuple(row["key"][:2]) in whole]
+    closed = sum(row["kept"] == "closed form" for row in own)
+    by_data = {data: sum(key[0] == data for key in whole) for data in sorted({key[0] for key in whole})}
+    counted = " and ".join(f"{count} on {data}" for data, count in by_data.items())
+    lines += [
+        "",
+        f"{len(whole)} networks of the families {', '.join(UNSEEN)}, {counted}; dense {dense:.1f}. "
+        f"The closed form's own plan was kept in {closed} of {len(own)} cases.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures, or writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--zoo", type=Path, required=True, help="zoo to fit on, and whose unseen families are pruned")
+    parser.add_argument("--other", type=Path, help="zoo of another data set, of which only unseen families are pruned")
+    parser.add_argument("--part", default="0/1", help="this process's share of the networks: number/of")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "metanet")
+    parser.add_argument("--table", action="store_true", help="only write the table of what is there")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    zoos = [mp.Zoo.open(folder) for folder in (options.zoo, options.other) if folder is not None]
+    if not options.table:
+        options.out.mkdir(parents=True, exist_ok=True)
+        pruner = fitted(zoos[0], options.out)
+        for zoo in zoos:
+            measure(zoo, zoo.settings["data"], pruner, options.out, *map(int, options.part.split("/")))
+        return
+    rows = read_rows(options.out)
+    card = fitted(zoos[0], options.out).card
+    about = provenance("python benchmarks/metanet.py", ("torch-geometric",))
+    RESULTS.write_text(json.dumps({**about, "unseen": UNSEEN, "card": card, "rows": rows}, indent=1) + "\n")
+    text = table(rows)
+    print(text)
+    put_table("metanet", text)
+
+
+if __name__ == "__main__":
+    main()
