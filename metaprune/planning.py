@@ -291,4 +291,5 @@ def patterns(option: str, value: Iterable[str]) -> tuple[str, ...]:
 
 def _matches(group: Group, patterns: Sequence[str]) -> bool:
     names = [group.name, *(part.tensor for part in group.slices)]
-    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
+    # names that the graph gives may have brackets, which a glob reads as a set of characters
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns for name in names)

@@ -179,6 +179,15 @@ def test_plans_that_lose_nothing_are_not_blamed_on_other_options() -> None:
         mp.additivity(graph, mp.sensitivity(graph), _data(), plans=4)
 
 
+def test_groups_are_named_as_the_graph_names_them() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(2, 8, 3), nn.ReLU(), nn.ConvTranspose1d(8, 6, 2), nn.ReLU(), nn.Conv1d(6, 2, 1))
+    graph = mp.trace(net, torch.randn(4, 2, 12))
+    (name,) = (group.name for group in graph.groups if not group.pinned and "[" in group.name)
+    assert name not in mp.plan(graph, "macs=0.5", protect=name).keep
+    assert set(mp.plan(graph, "macs=0.8", only=name).keep) == {name}
+
+
 def test_the_least_that_is_named_can_be_asked_for() -> None:
     for widths in ((6, 12, 9, 3), (5, 17, 7), (7, 11, 13, 4)):
         graph = mp.trace(_mlp(*widths), torch.randn(8, widths[0]))
