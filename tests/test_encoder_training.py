@@ -263,7 +263,7 @@ def test_training_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path, monk
 
     def write(path: Path, content: bytes) -> None:
         writes[0] += 1
-        if writes[0] == 16:  # in the second head
+        if writes[0] == 20:  # in the second head
             raise _Stopped
         whole(path, content)
 

@@ -4,7 +4,8 @@ A head that is fitted on what another has said of its own training networks trus
 it will be elsewhere (stacked generalisation, Wolpert 1992). So the families are parted into a few folds, one graph head
 is trained without each, and every network is read by the one that has not seen it; a last one, trained on all, reads
 networks outside the zoo. Only predictions are comparable between these heads, their hidden states are not, hence it is
-predictions that are handed on as features.
+predictions that are handed on as features. As everywhere in stacking, what heads learn from other families was said by
+graph heads that may have seen the family held out; what they are judged on was not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from metaprune.metanet.examples import Example
 from metaprune.metanet.graph_head import HIDDEN, LAYERS, LOSSES, GraphHead, Subject
 from metaprune.metanet.heads import logarithm
 from metaprune.metanet.weight_graph import WeightGraph
-from metaprune.training import Progress
 
 FOLDS = 4
 """At most so many graph heads are trained for validation."""
@@ -97,7 +97,6 @@ def fitted(
     sight: str,
     graphs: Mapping[str, WeightGraph],
     course: GraphCourse,
-    progress: Progress | None = None,
 ) -> tuple[GraphHead, tuple[Example, ...], dict[str, Any]]:
     """Trains the graph heads of one sight.
 
@@ -106,7 +105,6 @@ def fitted(
         sight: Which features are observed.
         graphs: The networks by name.
         course: How.
-        progress: Called after each training with the number done and that of all.
 
     Returns:
         The head that has seen all networks; the examples with features that heads add which have not seen them, where
@@ -124,8 +122,6 @@ def fitted(
         for i in sorted(held) if held else [i for i in seen if i not in read]:
             example = setting.examples[i]
             read[i] = replace(example, described={**example.described, sight: head.read(subjects[i])})
-        if progress is not None:
-            progress(number + 1, len(folds))
     found = {"parameters": sum(p.numel() for p in head.parameters()), "trainings": about, **asdict(course)}
     return head.requires_grad_(False), tuple(read[i] for i in range(len(subjects))), found
 

@@ -32,7 +32,7 @@ from metaprune.training import Progress
 HEADS = (CURVES, JOINT)
 GRAPH = "graph"
 GRAPH_SIGHTS = (WEIGHTS,)
-"""What is looked at where a graph head adds to the others; with data it was measured to add nothing."""
+"""Where graph heads are used. On 24 networks of 13 families they added nothing to features of data."""
 MEMBERS = 3
 
 
