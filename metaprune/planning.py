@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from metaprune import criteria
 from metaprune.curves import Sensitivity
 from metaprune.graphs.cost import Costs
-from metaprune.graphs.errors import OptionError, check_seed
+from metaprune.graphs.errors import BudgetInfeasible, OptionError, check_seed
 from metaprune.graphs.groups import Group
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
@@ -41,6 +41,8 @@ that at low budgets some group seems to be for free.
 SCORED = ("global", "sap", "cost")
 """Allocators that compare scores of single units between groups."""
 
+_FREE: Mapping[str, Any] = {"round_to": 1, "protect": [], "only": [], "kinds": None}
+"""Options that keep units from going, and the values at which they do not."""
 _COUNTED_IN_STEPS = ("channels", "residual", "ffn", "hidden", "other")
 
 
@@ -147,7 +149,34 @@ def pose(
         "kinds": None if kinds is None else list(kinds),
         "seed": seed,
     }
-    return Posed(graph, goal, [graph.groups[i] for i in free], free, costs, step, least, options, latency)
+    posed = Posed(graph, goal, [graph.groups[i] for i in free], free, costs, step, least, options, latency)
+    _check_attainable(posed)
+    return posed
+
+
+def _check_attainable(posed: Posed) -> None:
+    """Raises `BudgetInfeasible` where no legal plan is within the budget; options but for which one were are named."""
+    asked = {name: posed.options[name] for name in _FREE if posed.options[name] != _FREE[name]}
+
+    def check(options: Mapping[str, Any]) -> None:
+        free, step, least = may_shrink(posed.graph, **{**_FREE, **options})
+        check_feasible(Problem(posed.costs, free, [], posed.budget, step, least))
+
+    def within(options: Mapping[str, Any]) -> bool:
+        try:
+            check(options)
+        except BudgetInfeasible:
+            return False
+        return True
+
+    try:
+        if posed.budget.width is None:
+            check(asked)
+    except BudgetInfeasible as error:
+        alone = [name for name in asked if within({other: asked[other] for other in asked if other != name})]
+        named = " or ".join(alone) or (" and ".join(asked) if within({}) else "")
+        hint = f", or less without {named}" if named else ""
+        raise BudgetInfeasible(f"{error}{hint}", error.attainable) from None
 
 
 def _steps(graph: Graph, free: Sequence[int], step: Kept) -> Kept:

@@ -56,11 +56,16 @@ def around(problem: Problem, kept: Kept, allocator: str, scores: Mapping[str, Sc
         scores: By criterion, "magnitude" among them.
     """
     allocations = dict(zip(_WAY, blends(problem, kept, list(_WAY.values())), strict=True))
-    every = [np.sum([_ranks(s) for s in group], axis=0) for group in zip(*scores.values(), strict=True)]
+    every = together(list(scores.values()))
     return [
         *(Choice(f"{way} {allocator}, magnitude", scores["magnitude"], k) for way, k in allocations.items()),
         Choice(f"all {allocator}, {' and '.join(scores)}", every, kept),
     ]
+
+
+def together(scores: Sequence[Scores]) -> list[NDArray[np.float64]]:
+    """Scores of units by several criteria at once: the sum of their places, shape [size] for each group."""
+    return [np.sum([_ranks(own) for own in group], axis=0) for group in zip(*scores, strict=True)]
 
 
 def nearest(groups: Sequence[Group], choices: Sequence[Choice], judge: Judge) -> tuple[Choice, dict[str, float]]:

@@ -224,3 +224,20 @@ def test_what_can_not_be_written_is_named(graph: Graph, tmp_path: Path) -> None:
     for save in writers:
         with pytest.raises(MetapruneError, match="can not be written"):
             save(file / "below.json")
+
+
+def test_a_budget_that_options_stand_in_the_way_of_names_them() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    graph = mp.trace(model, torch.randn(2, 8))
+    first = graph.groups[0].name
+    mp.plan(graph, "macs=0.2")
+    with pytest.raises(BudgetInfeasible, match=r"or less without protect$") as caught:
+        mp.plan(graph, "macs=0.2", protect=[first])
+    assert caught.value.attainable > 0.2
+    with pytest.raises(BudgetInfeasible, match=r"or less without round_to$"):
+        mp.plan(graph, "macs=0.2", round_to=16)
+    with pytest.raises(BudgetInfeasible, match=r"or less without round_to and protect$"):
+        mp.plan(graph, "macs=0.2", round_to=32, protect=[first])
+    with pytest.raises(BudgetInfeasible, match=r"the least is macs=[0-9.]+$"):
+        mp.plan(graph, "macs=0.0001", protect=[first])

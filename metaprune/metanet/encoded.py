@@ -15,12 +15,12 @@ from metaprune.metanet.describe import Description
 from metaprune.metanet.heads import Tables
 from metaprune.metanet.predictor import Curves
 from metaprune.planning import Posed
-from metaprune.ranking import Scores
+from metaprune.ranking import Scores, unit_scores
 from metaprune.search.allocate import find as find_allocator
 from metaprune.search.allocate import uniform
 from metaprune.search.exchange import exchanged
 from metaprune.search.problem import Counts, Kept, least_kept
-from metaprune.selection import Choice
+from metaprune.selection import Choice, together
 from metaprune.statistics import Statistics
 
 CLOSED, PLAIN, COMPENSATED, SURROGATE = "closed form", "plain curves", "compensated curves", "surrogate"
@@ -80,6 +80,16 @@ class Encoded:
         for name, kept in found.items():
             different.setdefault(tuple(kept.tolist()), name)
         return {name: Choice(name, plain.scores, np.array(kept, dtype=np.int64)) for kept, name in different.items()}
+
+    def reranked(self, posed: Posed, choice: Choice) -> list[Choice]:
+        """The same kept counts with the units ranked by L2 norm, and by that and the choice's scores together."""
+        by_norm, _ = unit_scores(self.graph, posed.groups, "magnitude")
+        both = together([choice.scores, by_norm])
+        names = ("magnitude", f"{self.scores.criterion} and magnitude")
+        return [
+            Choice(f"{choice.name}, {name}", scores, choice.kept)
+            for name, scores in zip(names, (by_norm, both), strict=True)
+        ]
 
     def losses(self, posed: Posed, kept: Kept) -> Counts:
         """Predicted losses in nats of allocations of the groups that may shrink, shape [allocations, free].

@@ -117,8 +117,9 @@ class MetaPruner:
         """Decides what stays of a network that was encoded.
 
         With data the predicted allocations and that of the closed form are cut, fitted on some samples and compared on
-        others, and the best is taken; without, the one by the predicted curves. What was compared is in the plan's
-        provenance under `"guard"`. The other arguments and errors are those of `metaprune.plan`.
+        others; the best is taken, unless it gets better with its units ranked by their norms too. Without, the one by
+        the predicted curves is. What was compared is in the plan's provenance under `"guard"`. The other arguments and
+        errors are those of `metaprune.plan`.
         """
         posed = pose(encoded.graph, budget, round_to, protect, only, kinds, encoded.seed, latency)
         choices = encoded.candidates(posed)
@@ -127,6 +128,9 @@ class MetaPruner:
             best, losses = list(choices.values())[-1], dict[str, float]()
         else:
             best, losses = nearest(posed.groups, list(choices.values()), encoded.judge)
+            other, further = nearest(posed.groups, encoded.reranked(posed, best), encoded.judge)
+            losses |= further
+            best = min(best, other, key=lambda choice: losses[choice.name])
             self.guard[CLOSED if best.name == CLOSED else "predicted"] += 1
         guard = {"kept": best.name, "measured": losses, "predicted": predicted}
         return posed.plan(best, {**_about(encoded), "guard": guard})
