@@ -41,6 +41,7 @@ from metaprune.selection import nearest
 SCHEMA = 1
 CHECKPOINTS = "metaprune.checkpoints"
 _GRAPH = "graph."
+_CLEARLY = 0.95  # of a loss: one that is less by no more than the rest may be so by chance of the samples
 _LARGEST, _LEAST = 0.9, 0.05  # kept multiply-adds at the ends of a front unless told otherwise
 
 
@@ -117,8 +118,8 @@ class MetaPruner:
         """Decides what stays of a network that was encoded.
 
         With data the predicted allocations and that of the closed form are cut, fitted on some samples and compared on
-        others; the best is taken, unless it gets better with its units ranked by their norms too. Without, the one by
-        the predicted curves is. What was compared is in the plan's provenance under `"guard"`. The other arguments and
+        others; the best is taken, unless it gets clearly better with its units ranked by their norms too. Without, the
+        one by the predicted curves is. What was compared is in the plan's provenance under `"guard"`. The other arguments and
         errors are those of `metaprune.plan`.
         """
         posed = pose(encoded.graph, budget, round_to, protect, only, kinds, encoded.seed, latency)
@@ -130,7 +131,7 @@ class MetaPruner:
             best, losses = nearest(posed.groups, list(choices.values()), encoded.judge)
             other, further = nearest(posed.groups, encoded.reranked(posed, best), encoded.judge)
             losses |= further
-            best = min(best, other, key=lambda choice: losses[choice.name])
+            best = other if losses[other.name] < _CLEARLY * losses[best.name] else best
             self.guard[CLOSED if best.name == CLOSED else "predicted"] += 1
         guard = {"kept": best.name, "measured": losses, "predicted": predicted}
         return posed.plan(best, {**_about(encoded), "guard": guard})
