@@ -12,7 +12,7 @@ EXTRAS := dev,onnx,demo
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: demo test lint bench-coverage bench-scaling bench-accuracy bench-closed-form bench-latency nightly clean
+.PHONY: demo test lint bench-coverage bench-scaling bench-accuracy bench-closed-form bench-latency bench-metanet nightly clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -50,6 +50,12 @@ bench-closed-form: $(STAMP)
 
 bench-latency: $(STAMP)
 	$(BIN)/python benchmarks/latency.py
+
+bench-metanet: $(STAMP)
+	$(BIN)/metaprune zoo build --out runs/zoo --networks 72 --data fashion-mnist --processes 2
+	$(BIN)/metaprune zoo build --out runs/zoo-digits --networks 26 --data digits --seed 1
+	$(BIN)/python benchmarks/metanet.py --zoo runs/zoo --other runs/zoo-digits
+	$(BIN)/python benchmarks/metanet.py --zoo runs/zoo --other runs/zoo-digits --table
 
 # Apart from .venv: torchvision works only beside the torch build it was made for, so both come in one request.
 $(BENCH)/.installed: pyproject.toml

@@ -4,8 +4,8 @@ Some families of a zoo are left out of the fit, and their trained networks are p
 arm with the same 512 unlabelled images and the same fit by least squares. A second zoo is of another data set, which
 no network of the fit has learned either.
 
-    metaprune zoo build --out runs/zoo --networks 120 --data fashion-mnist --seed 0 --processes 2
-    metaprune zoo build --out runs/zoo-digits --networks 24 --data digits --seed 1 --processes 2
+    metaprune zoo build --out runs/zoo --networks 72 --data fashion-mnist --processes 2
+    metaprune zoo build --out runs/zoo-digits --networks 26 --data digits --seed 1
     python benchmarks/metanet.py --zoo runs/zoo --other runs/zoo-digits --part 0/2     # and 1/2; goes on where stopped
     python benchmarks/metanet.py --zoo runs/zoo --other runs/zoo-digits --table        # results/metanet.json, README
 """

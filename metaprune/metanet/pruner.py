@@ -119,8 +119,8 @@ class MetaPruner:
 
         With data the predicted allocations and that of the closed form are cut, fitted on some samples and compared on
         others; the best is taken, unless it gets clearly better with its units ranked by their norms too. Without, the
-        one by the predicted curves is. What was compared is in the plan's provenance under `"guard"`. The other arguments and
-        errors are those of `metaprune.plan`.
+        one by the predicted curves is. What was compared is in the plan's provenance under `"guard"`. The other
+        arguments and errors are those of `metaprune.plan`.
         """
         posed = pose(encoded.graph, budget, round_to, protect, only, kinds, encoded.seed, latency)
         choices = encoded.candidates(posed)
