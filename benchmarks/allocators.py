@@ -38,13 +38,17 @@ def _allocated(allocator: str, curves: str | None = None) -> Arm:
 
     def arm(case: Case, budget: float) -> Made:
         data = case.calibration
+        key = f"plan {allocator} {curves} {budget}"
+        if key not in case.shared:
+            case.shared[key] = planned(case, budget)
+        return handed_back(mp.reconstruct(mp.apply(case.graph, case.shared[key]), data, seed=case.seed))
+
+    def planned(case: Case, budget: float) -> mp.Plan:
+        data = case.calibration
         if curves is None:
-            plan = mp.plan(case.graph, f"macs={budget}", RANKING, allocator, data, seed=case.seed)
-        else:
-            found = sensitivity(case, curves)
-            judged = data if allocator == "spdy" else None
-            plan = mp.plan(case.graph, f"macs={budget}", found, allocator, judged, seed=case.seed)
-        return handed_back(mp.reconstruct(mp.apply(case.graph, plan), data, seed=case.seed))
+            return mp.plan(case.graph, f"macs={budget}", RANKING, allocator, data, seed=case.seed)
+        judged = data if allocator == "spdy" else None
+        return mp.plan(case.graph, f"macs={budget}", sensitivity(case, curves), allocator, judged, seed=case.seed)
 
     return arm
 
