@@ -20,10 +20,13 @@ from metaprune.search.allocate import find as find_allocator
 from metaprune.search.allocate import uniform
 from metaprune.search.exchange import exchanged
 from metaprune.search.problem import Counts, Kept, least_kept
-from metaprune.selection import Choice, together
+from metaprune.search.refinement import refined
+from metaprune.selection import Choice, nearest, together
 from metaprune.statistics import Statistics
 
 CLOSED, PLAIN, COMPENSATED, SURROGATE = "closed form", "plain curves", "compensated curves", "surrogate"
+REFINED = "refined"
+_CLEARLY = 0.95  # of a loss: one that is less by no more than the rest may be so by chance of the samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,40 @@ class Encoded:
         for name, kept in found.items():
             different.setdefault(tuple(kept.tolist()), name)
         return {name: Choice(name, plain.scores, np.array(kept, dtype=np.int64)) for kept, name in different.items()}
+
+    def chosen(
+        self, posed: Posed, choices: Mapping[str, Choice], judge: Judge, rounds: int
+    ) -> tuple[Choice, dict[str, float]]:
+        """The best choice by measurement, and what was measured, by name.
+
+        The choices are measured, then allocations to which what was measured points (`metaprune.search.refinement`),
+        and the best of all with its units ranked by their norms too, which has to be clearly better.
+
+        Args:
+            posed: The budget.
+            choices: What `candidates` found.
+            judge: Measures.
+            rounds: Of refinement, at most; 0 for none.
+        """
+        best, losses = nearest(posed.groups, list(choices.values()), judge)
+        if rounds:
+            scores = best.scores
+            problem = posed.problem(replace(self.scores, curves=None))
+
+            def measured(kept: Kept) -> Counts:
+                return np.array(judge.distortions([Choice("", scores, own).keep(posed.groups) for own in kept]))
+
+            known = {tuple(choice.kept.tolist()): losses[choice.name] for choice in choices.values()}
+            narrowed = replace(problem, minimum=least_kept(problem))
+            further = refined(narrowed, lambda kept: self.losses(posed, kept), measured, known, rounds)
+            for number, (kept, loss) in enumerate(further.items(), 1):
+                name = f"{REFINED} {number}"
+                if loss < losses[best.name]:
+                    best = Choice(name, scores, np.array(kept, dtype=np.int64))
+                losses[name] = loss
+        other, reranked = nearest(posed.groups, self.reranked(posed, best), judge)
+        clearly = reranked[other.name] < _CLEARLY * losses[best.name]
+        return (other if clearly else best), losses | reranked
 
     def reranked(self, posed: Posed, choice: Choice) -> list[Choice]:
         """The same kept counts with the units ranked by L2 norm, and by that and the choice's scores together."""

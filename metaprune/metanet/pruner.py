@@ -36,12 +36,11 @@ from metaprune.metanet.weight_graph import WeightGraph
 from metaprune.planning import Posed, pose
 from metaprune.reconstruction import reconstruct
 from metaprune.search.front import Front, Point
-from metaprune.selection import nearest
+from metaprune.search.refinement import ROUNDS
 
 SCHEMA = 1
 CHECKPOINTS = "metaprune.checkpoints"
 _GRAPH = "graph."
-_CLEARLY = 0.95  # of a loss: one that is less by no more than the rest may be so by chance of the samples
 _LARGEST, _LEAST = 0.9, 0.05  # kept multiply-adds at the ends of a front unless told otherwise
 
 
@@ -114,24 +113,25 @@ class MetaPruner:
         only: Iterable[str] = (),
         kinds: Sequence[str] | None = None,
         latency: LatencyTable | None = None,
+        refine: int = ROUNDS,
     ) -> Plan:
         """Decides what stays of a network that was encoded.
 
         With data the predicted allocations and that of the closed form are cut, fitted on some samples and compared on
-        others; the best is taken, unless it gets clearly better with its units ranked by their norms too. Without, the
-        one by the predicted curves is. What was compared is in the plan's provenance under `"guard"`. The other
-        arguments and errors are those of `metaprune.plan`.
+        others, then those to which what was measured points, up to four in each of `refine` rounds; the best is taken,
+        unless it gets clearly better with its units ranked by their norms too. Without data, the one by the predicted
+        curves is. What was compared is in the plan's provenance under `"guard"`. The other arguments and errors are
+        those of `metaprune.plan`.
         """
+        if type(refine) is not int or refine < 0:
+            raise OptionError(f"refine: a number of rounds, 0 or more, is needed, not {refine!r}")
         posed = pose(encoded.graph, budget, round_to, protect, only, kinds, encoded.seed, latency)
         choices = encoded.candidates(posed)
         predicted = encoded.predicted(posed, choices)
         if encoded.judge is None or len(choices) == 1:
             best, losses = list(choices.values())[-1], dict[str, float]()
         else:
-            best, losses = nearest(posed.groups, list(choices.values()), encoded.judge)
-            other, further = nearest(posed.groups, encoded.reranked(posed, best), encoded.judge)
-            losses |= further
-            best = other if losses[other.name] < _CLEARLY * losses[best.name] else best
+            best, losses = encoded.chosen(posed, choices, encoded.judge, refine)
             self.guard[CLOSED if best.name == CLOSED else "predicted"] += 1
         guard = {"kept": best.name, "measured": losses, "predicted": predicted}
         return posed.plan(best, {**_about(encoded), "guard": guard})
@@ -149,6 +149,7 @@ class MetaPruner:
         seed: int = 0,
         certify: bool = True,
         latency: LatencyTable | None = None,
+        refine: int = ROUNDS,
     ) -> Pruned:
         """Encodes, plans, cuts and certifies; with data the weights of what remains are fitted by least squares.
 
@@ -158,7 +159,7 @@ class MetaPruner:
         encoded = model if isinstance(model, Encoded) else self.encode(model, inputs, data, seed)
 
         def planned(whole: Sequence[str]) -> Plan:
-            return self.plan(encoded, budget, round_to, whole, only, kinds, latency)
+            return self.plan(encoded, budget, round_to, whole, only, kinds, latency, refine)
 
         pruned = carried_out(encoded.graph, planned, protect, certify)
         return pruned if encoded.data is None else reconstruct(pruned, encoded.data, seed=encoded.seed)
