@@ -13,14 +13,14 @@ from metaprune.graphs.ir import Graph
 from metaprune.reconstruction import COARSE, SAMPLES
 from metaprune.trials import Bench, Keep, Trial
 
-_SHARE = 0.4  # of the samples: so many, the first, are fitted on, and so many, the last, judge
+_SHARE = 0.4  # of the samples: so many, the first, are fitted on, and the others judge
 
 
 class Judge:
     """Measures how far the outputs of pruned networks, fitted by least squares, are from the dense network's.
 
-    The first two fifths of the samples are fitted on, more coarsely than for a fit that is to be kept, and on the last
-    two fifths the outputs are compared.
+    The first two fifths of the samples are fitted on, more coarsely than for a fit that is to be kept, and on the other
+    three fifths the outputs are compared.
     """
 
     def __init__(self, graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> None:
@@ -37,7 +37,7 @@ class Judge:
         if len(leaves) < 2:
             raise OptionError("data: two samples are needed at least, one to fit on and one to judge by")
         count = max(1, round(_SHARE * len(leaves)))
-        self._bench = Bench(graph, leaves[:count], leaves[-count:], seed, COARSE)
+        self._bench = Bench(graph, leaves[:count], leaves[count:], seed, COARSE)
 
     def distortions(self, plans: Sequence[Keep]) -> list[float]:
         """For each plan, kept units by group, the mean of `distortion`.

@@ -52,28 +52,40 @@ class Statistics:
         gates: Moments of the gate gradients by group.
         samples: Number of samples they are means over.
         columns: Second moments of what linear layers read, by weight; empty unless asked for.
-        rows: The gate gradients themselves, one row per sample, by group, shape [samples, size] each, float32; empty
-            unless they were asked for.
+        rows: The gate gradients themselves, one row per sample and draw, by group, shape [rows, size] each, float32;
+            empty unless they were asked for.
+        sharp: The same of another temperature, where somebody wants both.
     """
 
     gates: Mapping[str, Moments]
     samples: int
     columns: Mapping[str, Columns] = field(default_factory=dict)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
+    sharp: Statistics | None = None
 
 
-def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0, per_sample: bool = False) -> Statistics:
-    """One forward and one backward pass per sample.
+def collect(
+    graph: Graph,
+    data: Any,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    per_sample: bool = False,
+    temperature: float = TEMPERATURE,
+    draws: int = 1,
+) -> Statistics:
+    """One forward and one backward pass per sample and draw.
 
     Args:
         graph: The network.
         data: Batches of inputs, or of (inputs, labels), or `"noise"`; no label is looked at. Where the network gives
-            one row of logits per sample, labels are drawn from its own predictions at temperature 4, as distillation
-            softens them: a network that is sure of itself has no gradient by its true labels. Any other output is
-            taken for the mean of a Gaussian of variance 1.
+            one row of logits per sample, labels are drawn from its own predictions at a temperature, by default 4, as
+            distillation softens them: a network that is sure of itself has no gradient by its true labels. Any other
+            output is taken for the mean of a Gaussian of variance 1.
         samples: At most this many samples.
         seed: Of the labels that are drawn.
-        per_sample: Whether to keep the gradients of every sample as well, four bytes for each sample and unit.
+        per_sample: Whether to keep the gradients of every sample as well, four bytes for each row and unit.
+        temperature: Of the predictions. At 1 the mean square is that of the divergence's second-order term.
+        draws: Labels for each sample; more of them are for less noise.
 
     Raises:
         OptionError: No data, or data that do not fit the network.
@@ -87,15 +99,16 @@ def collect(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0, per_
     count = len(leaves)
     for first in range(0, count, size):
         chunk = leaves[first : first + size]
-        for name, found in _gate_gradients(graph, chunk, ones, generator, first).items():
-            g = found.double().cpu()
-            totals[name] += torch.stack([g, g.abs(), g.square()]).sum(1)
-            if per_sample:
-                rows[name].append(g.float())
+        for _ in range(draws):
+            for name, found in _gate_gradients(graph, chunk, ones, generator, first, temperature).items():
+                g = found.double().cpu()
+                totals[name] += torch.stack([g, g.abs(), g.square()]).sum(1)
+                if per_sample:
+                    rows[name].append(g.float())
     for name, total in totals.items():
         if not bool(torch.isfinite(total).all()):
             raise MetapruneError(f"data: the gradients of group {name} are not finite")
-    moments = {name: Moments(*(total / count)) for name, total in totals.items()}
+    moments = {name: Moments(*(total / (count * draws))) for name, total in totals.items()}
     return Statistics(moments, count, rows={name: torch.cat(g) for name, g in rows.items()} if per_sample else {})
 
 
@@ -147,11 +160,16 @@ def chunk_size(graph: Graph, most: int = _CHUNK) -> int:
 
 
 def _gate_gradients(
-    graph: Graph, chunk: Sequence[Leaves], ones: Mapping[str, Tensor], generator: torch.Generator, first: int
+    graph: Graph,
+    chunk: Sequence[Leaves],
+    ones: Mapping[str, Tensor],
+    generator: torch.Generator,
+    first: int,
+    temperature: float,
 ) -> dict[str, Tensor]:
     """The gradient of each sample's loss by each gate, shape [samples, size] by group."""
     gates = {name: one.expand(len(chunk), -1).clone().requires_grad_() for name, one in ones.items()}
-    losses = [_loss(outputs, generator) for outputs in gated_outputs(graph, chunk, gates, first)]
+    losses = [_loss(outputs, generator, temperature) for outputs in gated_outputs(graph, chunk, gates, first)]
     if not gates:
         return {}
     found = torch.autograd.grad(torch.stack(losses).sum(), list(gates.values()), allow_unused=True)
@@ -180,11 +198,11 @@ def _run_together(graph: Graph, chunk: Sequence[Leaves], gates: Mapping[str, Ten
     return [[output[i] for output in outputs] for i in range(len(chunk))]
 
 
-def _loss(outputs: list[Tensor], generator: torch.Generator) -> Tensor:
+def _loss(outputs: list[Tensor], generator: torch.Generator, temperature: float) -> Tensor:
     """Negative log likelihood of a draw from the network's own output distribution; see `collect`."""
     first = outputs[0].float() if outputs[0].dtype in (torch.float16, torch.bfloat16) else outputs[0]
     if first.ndim == 2 and first.shape[1] > 1:
-        soft = first / TEMPERATURE
+        soft = first / temperature
         drawn = torch.multinomial(soft.detach().double().softmax(1).cpu(), 1, generator=generator)[:, 0]
         return F.cross_entropy(soft, drawn.to(first.device), reduction="sum")
     total = first.new_zeros(())

@@ -42,12 +42,12 @@ def evidence(graph: Graph, data: Any = None, seed: int = 0) -> Evidence:
     return Evidence(Weights(values), collect(graph, data) if data is not None else None, seed)
 
 
-def by_hand(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def by_hand(net: nn.Module, x: Tensor, y: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """Gradients of one sample's softened loss by gates on the first hidden layer, shape [samples, 7]."""
     rows = []
     for i in range(len(x)):
         hidden = net[1](net[0](x[i : i + 1])).detach().requires_grad_()
-        loss = F.cross_entropy(net[4](net[3](net[2](hidden))) / TEMPERATURE, y[i : i + 1], reduction="sum")
+        loss = F.cross_entropy(net[4](net[3](net[2](hidden))) / temperature, y[i : i + 1], reduction="sum")
         rows.append((torch.autograd.grad(loss, hidden)[0] * hidden)[0].detach())
     return torch.stack(rows)
 
@@ -79,16 +79,27 @@ def test_at_most_so_many_samples_are_used() -> None:
     assert collect(graph, [vectors()], samples=4).samples == 4
 
 
-def test_labels_are_drawn_from_softened_predictions() -> None:
+@pytest.mark.parametrize(
+    ("temperature", "draws", "within"), [(TEMPERATURE, 1, 0.35), (TEMPERATURE, 8, 0.12), (1.0, 8, 0.12)]
+)
+def test_labels_are_drawn_from_softened_predictions(temperature: float, draws: int, within: float) -> None:
     net, x = mlp(), vectors(400)
     graph = mp.trace(net, x[:2])
-    probabilities = (net(x) / TEMPERATURE).softmax(1)
+    probabilities = (net(x) / temperature).softmax(1)
     expected = torch.zeros(7, dtype=torch.float64)
     for label in range(3):
-        gradients = by_hand(net, x, torch.full((400,), label))
+        gradients = by_hand(net, x, torch.full((400,), label), temperature)
         expected += (probabilities[:, label, None].detach() * gradients.square()).mean(0)
+    found = collect(graph, [x], 400, per_sample=True, temperature=temperature, draws=draws)
+    assert torch.allclose(found.gates["0"].square, expected, rtol=within)
+    assert found.rows["0"].shape == (400 * draws, 7)
+    assert torch.allclose(found.rows["0"].double().square().mean(0), found.gates["0"].square, rtol=1e-5)
+
+
+def test_draws_depend_on_the_seed_alone() -> None:
+    x = vectors(400)
+    graph = mp.trace(mlp(), x[:2])
     found = collect(graph, [x], samples=400).gates["0"].square
-    assert torch.allclose(found, expected, rtol=0.35)
     assert torch.equal(found, collect(graph, [x], samples=400).gates["0"].square)
     assert not torch.equal(found, collect(graph, [x], samples=400, seed=1).gates["0"].square)
 

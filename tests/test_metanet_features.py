@@ -48,15 +48,16 @@ def test_block_fisher_is_the_mean_square_of_the_summed_gradients() -> None:
     graph, order = graph_of("chain-0"), labels_of("chain-0").order
     statistics = observe(graph, task_of("chain-0").train, 40)
     found = describe(graph, order, statistics)
-    at = found.schema.cut.index("log block Fisher gone")
-    for name, units in order.items():
-        for kept in range(found.sizes[name]):
-            gone = units[: found.sizes[name] - kept]
-            pull = statistics.rows[name][:, gone].double().sum(1)
-            assert torch.allclose(found.pulls[name][kept].double(), pull, atol=1e-5)
-            assert float(found.cuts[name][kept, at]) == pytest.approx(
-                float((0.5 * pull.square().mean()).log()), abs=1e-4
-            )
+    assert statistics.sharp is not None
+    for what, rows in (("", statistics.rows), (" at temperature 1", statistics.sharp.rows)):
+        at = found.schema.cut.index(f"log block Fisher gone{what}")
+        for name, units in order.items():
+            for kept in range(found.sizes[name]):
+                pull = rows[name][:, units[: found.sizes[name] - kept]].double().sum(1)
+                expected = float((0.5 * pull.square().mean()).log())
+                assert float(found.cuts[name][kept, at]) == pytest.approx(expected, abs=1e-4)
+                if what:
+                    assert torch.allclose(found.pulls[name][kept].double(), pull, atol=1e-5)
 
 
 def test_features_do_not_depend_on_the_numbering_of_units() -> None:

@@ -31,6 +31,8 @@ Encoder: TypeAlias = Callable[[Graph], Mapping[str, Tensor]]
 
 WIDEST = 4608
 """Layers with more columns than this are not looked at: their second moments are too large."""
+DRAWS = 4
+"""Labels drawn for each sample at temperature 1, where the gradients are far from even."""
 _TINY = 1e-12
 
 
@@ -43,9 +45,9 @@ class Description:
         sizes: Units of each group that is not pinned, in the graph's order.
         cuts: By group the features when k units are kept, shape [size + 1, cut features].
         units: By group the features of each unit, shape [size, unit features].
-        pulls: By group the sum of the gate gradients of the units that are gone when k are kept, sample by sample,
-            shape [size + 1, samples]; the groups' sum gives the second-order loss of a whole allocation. Without data
-            no samples.
+        pulls: By group the sum of the gate gradients, at temperature 1, of the units that are gone when k are kept,
+            draw by draw, shape [size + 1, draws]; the groups' sum gives the second-order loss of a whole allocation.
+            Without data no draws.
     """
 
     schema: Schema
@@ -61,7 +63,7 @@ def observe(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> S
     Args:
         graph: The network.
         data: Batches of inputs or of (inputs, labels), labels are not looked at; or `"noise"`.
-        samples: At most this many; each costs two forward passes and a backward pass.
+        samples: At most this many; each costs a forward pass, and as many forward and backward passes as `DRAWS` + 1.
         seed: Of drawn labels, of positions and of noise.
 
     Raises:
@@ -69,9 +71,10 @@ def observe(graph: Graph, data: Any, samples: int = SAMPLES, seed: int = 0) -> S
         MetapruneError: The network gives values that are not finite.
     """
     found = collect(graph, data, samples, seed, per_sample=True)
+    sharp = collect(graph, data, samples, seed, per_sample=True, temperature=1.0, draws=DRAWS)
     slices = {part.tensor for group in graph.groups if not group.pinned for part in group.slices}
     wanted = {layer.weight for layer in linear_layers(graph).values() if layer.width <= WIDEST} & slices
-    return replace(found, columns=collect_columns(graph, data, samples, seed, wanted))
+    return replace(found, columns=collect_columns(graph, data, samples, seed, wanted), sharp=sharp)
 
 
 def describe(
@@ -222,8 +225,9 @@ def _data_spread(group: Group, evidence: criteria.Evidence, total: float) -> lis
 def _data_cuts(graph: Graph, layout: Layout, group: Group, evidence: criteria.Evidence, order: Tensor) -> list[Tensor]:
     moments = evidence.moments(group)
     single = 0.5 * _gone(moments.square, order)
-    block = 0.5 * _pulls(group, evidence, order).square().mean(1)
+    block = 0.5 * _gone(evidence.rows(group).T, order).square().mean(1)
     assert evidence.statistics is not None
+    sharp = 0.5 * _pulls(group, evidence, order).square().mean(1)
     plain, fitted = [], []
     for columns in evidence.statistics.columns.values():
         if group.name in layout.readers.get(columns.layer.node, ()):
@@ -235,10 +239,10 @@ def _data_cuts(graph: Graph, layout: Layout, group: Group, evidence: criteria.Ev
     before, after = (torch.stack(found, 1) if found else nothing for found in (plain, fitted))
     sums = [before.sum(1), before.amax(1), after.sum(1), after.amax(1)]
     mended = (after.sum(1) / before.sum(1).clamp_min(_TINY)).clamp(0.0, 1.0)
-    relative = [_log((value / value[0].clamp_min(_TINY)).clamp_min(1e-6)) for value in (single, block)]
+    relative = [_log((value / value[0].clamp_min(_TINY)).clamp_min(1e-6)) for value in (single, block, sharp)]
     by_readers = [_log(value.clamp_min(1e-6)) for value in sums]
     slope = _log(_gone(moments.absolute, order))
-    return [_log(single), relative[0], _log(block), relative[1], slope, *by_readers, mended]
+    return [_log(single), relative[0], _log(block), relative[1], _log(sharp), relative[2], slope, *by_readers, mended]
 
 
 def _data_units(group: Group, evidence: criteria.Evidence, order: Tensor) -> list[Tensor]:
@@ -246,14 +250,19 @@ def _data_units(group: Group, evidence: criteria.Evidence, order: Tensor) -> lis
     place = torch.empty(group.size, dtype=torch.float64)
     place[order] = torch.arange(group.size, dtype=torch.float64) / max(1, group.size - 1)
     by_readers = [_over_mean(score(group, evidence)) for score in (criteria.wanda, criteria.obspa)]
-    return [_log(0.5 * moments.square), _over_mean(moments.square), _over_mean(moments.absolute), place, *by_readers]
+    assert evidence.statistics is not None
+    assert evidence.statistics.sharp is not None
+    squares = [moments.square, evidence.statistics.sharp.gates[group.name].square]
+    fisher = [value for square in squares for value in (_log(0.5 * square), _over_mean(square))]
+    return [*fisher, _over_mean(moments.absolute), place, *by_readers]
 
 
 def _pulls(group: Group, evidence: criteria.Evidence, order: Tensor) -> Tensor:
     """See `Description.pulls`."""
     if evidence.statistics is None:
         return torch.zeros(group.size + 1, 0)
-    return _gone(evidence.rows(group).T, order).float()
+    assert evidence.statistics.sharp is not None
+    return _gone(evidence.statistics.sharp.rows[group.name].T, order).float()
 
 
 def _means(states: Tensor, order: Tensor) -> list[Tensor]:

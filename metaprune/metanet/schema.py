@@ -37,6 +37,8 @@ DATA_CUT = (
     "log Fisher gone, relative",
     "log block Fisher gone",
     "log block Fisher gone, relative",
+    "log block Fisher gone at temperature 1",
+    "log block Fisher gone at temperature 1, relative",
     "log slope gone",
     "log reader error",
     "log reader error, most",
@@ -50,6 +52,8 @@ WEIGHTS_UNIT = ("log energy over mean", "place by energy", "log norm scale over 
 DATA_UNIT = (
     "log Fisher",
     "log Fisher over mean",
+    "log Fisher at temperature 1",
+    "log Fisher at temperature 1 over mean",
     "log slope over mean",
     "place in the order",
     "log activation energy over mean",
