@@ -29,7 +29,7 @@ from metaprune.selection import Choice, around, nearest
 from metaprune.sensing import sensitivity
 from metaprune.tables import ONE_PASS
 
-JUDGED = (MEASURED, "spdy")
+JUDGED = (MEASURED, "spdy", "refined")
 """Allocators that measure pruned networks."""
 CURVED = ("dp", "milp", "lagrange", "spdy")
 """Allocators that work on curves, which are found where there are data and no criterion is named.

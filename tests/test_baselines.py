@@ -220,7 +220,7 @@ def test_random_widths_are_seeded_and_differ() -> None:
     assert state == (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # type: ignore[index]
 
 
-UNMEASURED = sorted(ALLOCATORS.keys() - {"spdy"})  # that one needs networks to measure
+UNMEASURED = sorted(ALLOCATORS.keys() - {"spdy", "refined"})  # these need networks to measure
 BUDGETS = [("macs=0.25", 1), ("macs=0.1", 1), ("params=0.5", 4), ("bytes=0.5", 4), ("macs=0.5,params=0.3", 1)]
 
 

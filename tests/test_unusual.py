@@ -92,7 +92,7 @@ def test_a_cut_that_gives_no_numbers_is_certified_or_refused(shares: Graph) -> N
         assert pruned.certificate.ok
 
 
-@pytest.mark.parametrize("allocator", ["spdy", "measured"])
+@pytest.mark.parametrize("allocator", ["spdy", "refined", "measured"])
 def test_plans_that_measure_need_numbers(graph: Graph, allocator: str) -> None:
     data = [torch.full((8, 6), float("nan"))]
     with pytest.raises(MetapruneError, match="data: the network's output is not finite"):

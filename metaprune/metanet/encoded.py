@@ -20,7 +20,7 @@ from metaprune.search.allocate import find as find_allocator
 from metaprune.search.allocate import uniform
 from metaprune.search.exchange import exchanged
 from metaprune.search.problem import Counts, Kept, least_kept
-from metaprune.search.refinement import refined
+from metaprune.search.refinement import refine
 from metaprune.selection import Choice, nearest, together
 from metaprune.statistics import Statistics
 
@@ -108,7 +108,7 @@ class Encoded:
 
             known = {tuple(choice.kept.tolist()): losses[choice.name] for choice in choices.values()}
             narrowed = replace(problem, minimum=least_kept(problem))
-            further = refined(narrowed, lambda kept: self.losses(posed, kept), measured, known, rounds)
+            further = refine(narrowed, lambda kept: self.losses(posed, kept), measured, known, rounds)
             for number, (kept, loss) in enumerate(further.items(), 1):
                 name = f"{REFINED} {number}"
                 if loss < losses[best.name]:
