@@ -21,7 +21,7 @@ PEER = "Torch-Pruning"
 """What the names of that library's arms begin with."""
 
 
-def _planned(criterion: str, allocator: str, least_squares: bool = False) -> Arm:
+def planned(criterion: str, allocator: str, least_squares: bool = False) -> Arm:
     """Our own plans: batch norms recalibrated, or the weights fitted by least squares."""
 
     def arm(case: Case, budget: float) -> Made:
@@ -62,23 +62,23 @@ def _closed_form(case: Case, budget: float) -> Made:
 
 CLOSED_FORM = "closed form (default)"
 WITHOUT_TRAINING: dict[str, Arm] = {
-    "random, uniform": _planned("random", "uniform"),
-    "L2, uniform": _planned("magnitude", "uniform"),
-    "L2 over mean": _planned("magnitude", "global"),
-    "L2 over maximum": _planned("magnitude_max", "global"),
-    "Taylor": _planned("taylor", "global"),
+    "random, uniform": planned("random", "uniform"),
+    "L2, uniform": planned("magnitude", "uniform"),
+    "L2 over mean": planned("magnitude", "global"),
+    "L2 over maximum": planned("magnitude_max", "global"),
+    "Taylor": planned("taylor", "global"),
     "Torch-Pruning, local": group_norm(global_=False),
     "Torch-Pruning, global": group_norm(global_=True),
-    "Fisher, cost": _planned("fisher", "cost"),
-    "block Fisher, cost": _planned("fisher_block", "cost"),
+    "Fisher, cost": planned("fisher", "cost"),
+    "block Fisher, cost": planned("fisher_block", "cost"),
     "OBSPA with its update, real images": _obspa(noise=False),
     "OBSPA with its update, noise": _obspa(noise=True),
-    "L2, uniform + least squares": _planned("magnitude", "uniform", True),
-    "L2 over mean + least squares": _planned("magnitude", "global", True),
-    "Taylor + least squares": _planned("taylor", "global", True),
-    "OBSPA + least squares": _planned("obspa", "global", True),
-    "Fisher, cost + least squares": _planned("fisher", "cost", True),
-    "block Fisher, cost + least squares": _planned("fisher_block", "cost", True),
+    "L2, uniform + least squares": planned("magnitude", "uniform", True),
+    "L2 over mean + least squares": planned("magnitude", "global", True),
+    "Taylor + least squares": planned("taylor", "global", True),
+    "OBSPA + least squares": planned("obspa", "global", True),
+    "Fisher, cost + least squares": planned("fisher", "cost", True),
+    "block Fisher, cost + least squares": planned("fisher_block", "cost", True),
     CLOSED_FORM: _closed_form,
 }
 

@@ -4,7 +4,7 @@ Some families of a zoo are left out of the fit, and their trained networks are p
 arm with the same 512 unlabelled images and the same fit by least squares. A second zoo is of another data set, which
 no network of the fit has learned either.
 
-    metaprune zoo build --out runs/zoo --networks 72 --data fashion-mnist --processes 2
+    metaprune zoo build --out runs/zoo --networks 120 --data fashion-mnist --processes 2
     metaprune zoo build --out runs/zoo-digits --networks 26 --data digits --seed 1
     python benchmarks/metanet.py --zoo runs/zoo --other runs/zoo-digits --part 0/2     # and 1/2; goes on where stopped
     python benchmarks/metanet.py --zoo runs/zoo --other runs/zoo-digits --table        # results/metanet.json, README
@@ -16,13 +16,13 @@ import argparse
 import json
 import statistics
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import fashion
 import torch
-from accuracy_arms import WITHOUT_TRAINING, measured
-from accuracy_case import Arm, Case, Made
+from accuracy_arms import WITHOUT_TRAINING, measured, planned
+from accuracy_case import Arm, Case, Made, Steps
 from ledger import appending, read_rows
 from report import provenance, put_table
 
@@ -34,11 +34,15 @@ UNSEEN = ("convnext", "densenet", "mixer", "mobilenet", "resnext", "vit")
 BUDGETS = (0.25, 0.125)
 FLOOR = "block Fisher, cost + least squares"
 RIVALS = ("L2 over mean + least squares", "L2, uniform + least squares", "OBSPA + least squares", FLOOR)
+REFINED = "block Fisher, refined + least squares"
 METANETWORKS = tuple(f"metanetwork, one pass, fitting seed {seed}" for seed in range(3))
+UNREFINED = "metanetwork, not refined, fitting seed 0"
+STEPS = 100
+PER_FAMILY = 4
 NORMAL = 1.645  # of a standard error: half of an interval of 90 %
 
 
-def pruned_in_one_pass(pruner: mp.MetaPruner) -> Arm:
+def pruned_in_one_pass(pruner: mp.MetaPruner, **options: Any) -> Arm:
     """The arm of a fitted pruner; a case is encoded once for all budgets."""
 
     def arm(case: Case, budget: float) -> Made:
@@ -47,11 +51,36 @@ def pruned_in_one_pass(pruner: mp.MetaPruner) -> Arm:
         if not spent:
             case.shared["encoded", id(pruner)] = pruner.encode(case.graph, data=case.calibration, seed=case.seed)
             case.shared["seconds", id(pruner)] = time.process_time() - began
-        pruned = pruner.prune(case.shared["encoded", id(pruner)], budget=f"macs={budget}")
+        pruned = pruner.prune(case.shared["encoded", id(pruner)], budget=f"macs={budget}", **options)
         case.shared["kept"] = pruned.plan.provenance["guard"]["kept"]
         return Made(pruned.module, pruned.cost["after"].macs, pruned.cost["after"].params, pruned, spent)
 
     return arm
+
+
+def trained(arm: Arm) -> Arm:
+    """The same with a short training after it."""
+
+    def longer(case: Case, budget: float) -> Made:
+        made = arm(case, budget)
+        settings = mp.Settings(epochs=1, lr=0.02)
+        mp.train(made.module, Steps(case.train, STEPS), fashion.objective, settings, case.seed)
+        return made
+
+    return longer
+
+
+def arms_of(pruners: list[mp.MetaPruner]) -> dict[str, Arm]:
+    """All arms by name; those that are trained are the same with a suffix."""
+    found = {arm: WITHOUT_TRAINING[arm] for arm in RIVALS} | {REFINED: planned("fisher_block", "refined", True)}
+    found |= {arm: pruned_in_one_pass(pruner) for arm, pruner in zip(METANETWORKS, pruners, strict=True)}
+    found[UNREFINED] = pruned_in_one_pass(pruners[0], refine=0)
+    return found | {then(arm): trained(found[arm]) for arm in (FLOOR, REFINED, METANETWORKS[0])}
+
+
+def then(arm: str) -> str:
+    """The name of an arm with training after it."""
+    return f"{arm}, then {STEPS} steps"
 
 
 class Seen:
@@ -74,8 +103,12 @@ def fitted(zoo: mp.Zoo, out: Path, seed: int) -> mp.MetaPruner:
 
 
 def unseen(zoo: mp.Zoo) -> list[str]:
-    """The trained members of the families left out."""
-    return [name for name, facts in zoo.facts.items() if facts["family"] in UNSEEN and facts["kind"] == "trained"]
+    """The first trained members of the families left out, at most `PER_FAMILY` of each."""
+    found: list[str] = []
+    for family in UNSEEN:
+        own = [n for n, facts in zoo.facts.items() if facts["family"] == family and facts["kind"] == "trained"]
+        found += own[:PER_FAMILY]
+    return sorted(found)
 
 
 def case_of(zoo: mp.Zoo, name: str) -> Case:
@@ -90,8 +123,7 @@ def case_of(zoo: mp.Zoo, name: str) -> Case:
 
 def measure(zoo: mp.Zoo, data: str, pruners: list[mp.MetaPruner], out: Path, part: int, parts: int) -> None:
     """Prunes this process's share of the networks, in every arm and at every budget."""
-    own = {arm: pruned_in_one_pass(pruner) for arm, pruner in zip(METANETWORKS, pruners, strict=True)}
-    arms = {arm: WITHOUT_TRAINING[arm] for arm in RIVALS} | own
+    arms = arms_of(pruners)
     done = {tuple(row["key"]) for row in read_rows(out)}
     with appending(out / f"rows-{part}.jsonl") as add:
         for name in unseen(zoo)[part::parts]:
@@ -102,45 +134,61 @@ def measure(zoo: mp.Zoo, data: str, pruners: list[mp.MetaPruner], out: Path, par
             for key in keys:
                 if key not in done:
                     facts = measured(arms[key[3]], case, key[2])
-                    kept = {"kept": case.shared["kept"]} if key[3] in own else {}
+                    kept = {"kept": case.shared["kept"]} if key[3] in METANETWORKS else {}
                     add({"key": key, "family": zoo.facts[name]["family"], **facts, **kept})
                     print(*key, f"{facts['score']:.4f}", flush=True)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean scores, and paired differences of the metanetwork to each other arm with intervals of 90 %."""
-    scores: dict[tuple[float, str], dict[tuple[str, str], float]] = defaultdict(dict)
-    for row in rows:
-        data, name, budget, arm = row["key"]
-        scores[budget, arm][data, name] = 100 * row["score"]
-    arms = (*RIVALS, *METANETWORKS)
-    whole = sorted(set.intersection(*(set(scores[budget, arm]) for budget in BUDGETS for arm in arms)))
-    dense = {tuple(row["key"][:2]): 100 * row["dense"] for row in rows}
+    found = {tuple(row["key"]): row for row in rows}
+    untrained = (*RIVALS, REFINED, UNREFINED, *METANETWORKS)
+    after = tuple(then(arm) for arm in (FLOOR, REFINED, METANETWORKS[0]))
+    sets = [{key[:2] for key in found if key[2:] == (b, arm)} for b in BUDGETS for arm in (*untrained, *after)]
+    whole = sorted(set.intersection(*sets))
+
+    def scores(arm: str, budget: float) -> list[float]:
+        return [100 * found[*key, budget, arm]["score"] for key in whole]
+
     heads = [f"MACs {budget:g}" for budget in BUDGETS]
-    lines = [f"| accuracy, no training steps | {' | '.join(heads)} |", "|---" * (len(BUDGETS) + 1) + "|"]
-    for arm in arms:
-        means = [statistics.mean(scores[budget, arm][key] for key in whole) for budget in BUDGETS]
-        lines.append(f"| {arm} | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
-    lines += ["", f"| its mean over seeds less, 90 % interval (worst network) | {' | '.join(heads)} |", lines[1]]
-    for rival in RIVALS:
-        cells = []
-        for budget in BUDGETS:
-            own = {key: statistics.mean(scores[budget, arm][key] for arm in METANETWORKS) for key in whole}
-            gaps = [own[key] - scores[budget, rival][key] for key in whole]
-            error = NORMAL * statistics.stdev(gaps) / len(gaps) ** 0.5
-            cells.append(f"{statistics.mean(gaps):+.1f} ± {error:.1f} ({min(gaps):+.1f})")
+    rule = "|---" * (len(BUDGETS) + 1) + "|"
+    lines = [f"| accuracy, no training steps | {' | '.join(heads)} | CPU seconds |", rule + "---|"]
+    for arm in untrained:
+        means = [statistics.mean(scores(arm, budget)) for budget in BUDGETS]
+        seconds = statistics.mean(found[*key, budget, arm]["cpu_seconds"] for key in whole for budget in BUDGETS)
+        lines.append(f"| {arm} | " + " | ".join(f"{mean:.1f}" for mean in means) + f" | {seconds:.1f} |")
+    lines += ["", f"| its mean over seeds less, 90 % interval (worst network) | {' | '.join(heads)} |", rule]
+    own = {
+        b: [statistics.mean(values) for values in zip(*(scores(arm, b) for arm in METANETWORKS), strict=True)]
+        for b in BUDGETS
+    }
+    for rival in (*RIVALS, REFINED, UNREFINED):
+        cells = [_gap(own[budget], scores(rival, budget)) for budget in BUDGETS]
         lines.append(f"| {rival} | " + " | ".join(cells) + " |")
-    passes = [row for row in rows if row["key"][3] in METANETWORKS and tuple(row["key"][:2]) in whole]
+    lines += ["", f"| after {STEPS} steps | {' | '.join(heads)} |", rule]
+    for arm in after:
+        means = [f"{statistics.mean(scores(arm, budget)):.1f}" for budget in BUDGETS]
+        lines.append(f"| {arm.removesuffix(then(''))} | " + " | ".join(means) + " |")
+    for rival in after[:-1]:
+        cells = [_gap(scores(after[-1], budget), scores(rival, budget)) for budget in BUDGETS]
+        lines.append(f"| metanetwork less {rival.removesuffix(then(''))} | " + " | ".join(cells) + " |")
+    passes = [found[*key, budget, arm] for key in whole for budget in BUDGETS for arm in METANETWORKS]
     closed = sum(row["kept"] == "closed form" for row in passes)
     by_data = {data: sum(key[0] == data for key in whole) for data in sorted({key[0] for key in whole})}
     counted = " and ".join(f"{count} on {data}" for data, count in by_data.items())
-    mean_dense = statistics.mean(dense[key] for key in whole)
+    dense = statistics.mean(100 * found[*key, BUDGETS[0], FLOOR]["dense"] for key in whole)
     lines += [
         "",
-        f"{len(whole)} networks of the families {', '.join(UNSEEN)}, {counted}; dense {mean_dense:.1f}. "
+        f"{len(whole)} networks of the families {', '.join(UNSEEN)}, {counted}; dense {dense:.1f}. "
         f"The closed form's own plan was kept in {closed} of {len(passes)} cases.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _gap(own: list[float], other: list[float]) -> str:
+    gaps = [a - b for a, b in zip(own, other, strict=True)]
+    error = NORMAL * statistics.stdev(gaps) / len(gaps) ** 0.5
+    return f"{statistics.mean(gaps):+.1f} ± {error:.1f} ({min(gaps):+.1f})"
 
 
 def main() -> None:
