@@ -34,6 +34,10 @@ def test_the_demo_keeps_its_promises(finished: tuple[demo.Result, Path]) -> None
     assert result.wiring < 1e-9
     assert result.onnx < 1e-5
     assert result.dense.size == (out / "dense.onnx").stat().st_size
+    half, quarter, eighth = result.one_pass.values()
+    assert half > result.dense.accuracy - 0.02
+    assert quarter > result.cut + 0.1  # without a training step
+    assert eighth > 0.5
 
 
 def test_the_demo_counts_parameters_and_macs_as_torch_does(finished: tuple[demo.Result, Path]) -> None:
