@@ -61,6 +61,7 @@ def _closed_form(case: Case, budget: float) -> Made:
 
 
 CLOSED_FORM = "closed form (default)"
+REFINED = "block Fisher, refined + least squares"
 WITHOUT_TRAINING: dict[str, Arm] = {
     "random, uniform": planned("random", "uniform"),
     "L2, uniform": planned("magnitude", "uniform"),
@@ -81,6 +82,9 @@ WITHOUT_TRAINING: dict[str, Arm] = {
     "block Fisher, cost + least squares": planned("fisher_block", "cost", True),
     CLOSED_FORM: _closed_form,
 }
+
+ZERO_STEPS: dict[str, Arm] = {**WITHOUT_TRAINING, REFINED: planned("fisher_block", "refined", True)}
+"""Those, and one whose allocation takes some twenty fits."""
 
 
 @dataclass(frozen=True)

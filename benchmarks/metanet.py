@@ -21,7 +21,7 @@ from typing import Any
 
 import fashion
 import torch
-from accuracy_arms import WITHOUT_TRAINING, measured, planned
+from accuracy_arms import REFINED, ZERO_STEPS, measured
 from accuracy_case import Arm, Case, Made, Steps
 from ledger import appending, read_rows
 from report import provenance, put_table
@@ -34,7 +34,6 @@ UNSEEN = ("convnext", "densenet", "mixer", "mobilenet", "resnext", "vit")
 BUDGETS = (0.25, 0.125)
 FLOOR = "block Fisher, cost + least squares"
 RIVALS = ("L2 over mean + least squares", "L2, uniform + least squares", "OBSPA + least squares", FLOOR)
-REFINED = "block Fisher, refined + least squares"
 METANETWORKS = tuple(f"metanetwork, one pass, fitting seed {seed}" for seed in range(3))
 UNREFINED = "metanetwork, not refined, fitting seed 0"
 STEPS = 100
@@ -72,7 +71,7 @@ def trained(arm: Arm) -> Arm:
 
 def arms_of(pruners: list[mp.MetaPruner]) -> dict[str, Arm]:
     """All arms by name; those that are trained are the same with a suffix."""
-    found = {arm: WITHOUT_TRAINING[arm] for arm in RIVALS} | {REFINED: planned("fisher_block", "refined", True)}
+    found = {arm: ZERO_STEPS[arm] for arm in (*RIVALS, REFINED)}
     found |= {arm: pruned_in_one_pass(pruner) for arm, pruner in zip(METANETWORKS, pruners, strict=True)}
     found[UNREFINED] = pruned_in_one_pass(pruners[0], refine=0)
     return found | {then(arm): trained(found[arm]) for arm in (FLOOR, REFINED, METANETWORKS[0])}

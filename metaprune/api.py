@@ -123,7 +123,8 @@ def plan(
             `plan.provenance["solver"]` how far from the least summed cost they may be (HiGHS, behind `"milp"`, stops
             after four seconds by the clock, so its answer to a large problem may depend on the machine's load), and
             `"spdy"` (the curves' weights are searched by the loss that pruned networks are measured to have);
-            `"refined"` (what curves or scores say is corrected by the losses of up to twenty pruned networks); or
+            `"refined"` (what curves or scores say is corrected by the losses of up to twenty pruned networks, and the
+            units of the best are ranked by their norms too); or
             `"measured"` (several allocations, with units ranked by the criterion and by their norms; each is cut and
             fitted on some of the data, and the one nearest to the dense network on others is taken). By default
             `"measured"` when there are data and no criterion is named, `"dp"` for curves, `"cost"` for `"fisher"` and

@@ -25,11 +25,12 @@ from metaprune.search.allocate import MEASURED
 from metaprune.search.allocate import find as find_allocator
 from metaprune.search.budget import Budget
 from metaprune.search.problem import Counts, Kept, Problem, check_feasible, finite
-from metaprune.selection import Choice, around, nearest
+from metaprune.selection import Choice, around, nearest, reranked
 from metaprune.sensing import sensitivity
 from metaprune.tables import ONE_PASS
 
-JUDGED = (MEASURED, "spdy", "refined")
+REFINED = "refined"
+JUDGED = (MEASURED, "spdy", REFINED)
 """Allocators that measure pruned networks."""
 CURVED = ("dp", "milp", "lagrange", "spdy")
 """Allocators that work on curves, which are found where there are data and no criterion is named.
@@ -254,9 +255,16 @@ def _chosen(
     if judge is not None:
         problem = replace(problem, measure=partial(_losses, judge, groups, problem.scores))
     kept = find_allocator(natural if allocator == MEASURED else allocator)(problem)
-    if judge is None or allocator != MEASURED:
+    if judge is None or allocator not in (MEASURED, REFINED):
         return Choice(allocator, problem.scores, kept)
     by_norm, _ = unit_scores(graph, groups, "magnitude")
+    if allocator == REFINED:
+        choice = Choice(REFINED, problem.scores, kept)
+        if "loss" not in problem.record:  # the budget settles everything
+            return choice
+        chosen, losses = reranked(groups, choice, problem.record["loss"], criterion, by_norm, judge)
+        problem.record.update({name: finite(loss) for name, loss in losses.items()})
+        return chosen
     choices = around(problem, kept, natural, {criterion: problem.scores, "magnitude": by_norm})
     chosen, losses = nearest(groups, choices, judge)
     problem.record.clear()

@@ -19,6 +19,7 @@ from metaprune.search.blends import blends
 from metaprune.search.problem import Kept, Problem
 
 Scores: TypeAlias = Sequence[NDArray[np.float64]]
+CLEARLY = 0.95  # of a loss: one that is less by no more than the rest may be so by chance of the samples
 _WAY = {"1/3": 1 / 3, "2/3": 2 / 3, "all": 1.0}  # from uniform to the other allocation
 
 
@@ -79,6 +80,28 @@ def nearest(groups: Sequence[Group], choices: Sequence[Choice], judge: Judge) ->
     losses = judge.distortions([choice.keep(groups) for choice in choices])
     best = choices[int(np.argmin(losses))]
     return best, {choice.name: loss for choice, loss in zip(choices, losses, strict=True)}
+
+
+def reranked(
+    groups: Sequence[Group], choice: Choice, loss: float, criterion: str, by_norm: Scores, judge: Judge
+) -> tuple[Choice, dict[str, float]]:
+    """The choice, or its counts with units ranked by L2 norm or by both, where that is measured to be clearly better.
+
+    Args:
+        groups: Those that may shrink.
+        choice: What was found.
+        loss: Its distortion.
+        criterion: Of its scores.
+        by_norm: Scores by L2 norm.
+        judge: Of the network.
+    """
+    both = together([choice.scores, by_norm])
+    others = [
+        Choice(f"{choice.name}, {name}", scores, choice.kept)
+        for name, scores in (("magnitude", by_norm), (f"{criterion} and magnitude", both))
+    ]
+    other, losses = nearest(groups, others, judge)
+    return (other if losses[other.name] < CLEARLY * loss else choice), losses
 
 
 def _ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -21,12 +21,11 @@ from metaprune.search.allocate import uniform
 from metaprune.search.exchange import exchanged
 from metaprune.search.problem import Counts, Kept, least_kept
 from metaprune.search.refinement import refine
-from metaprune.selection import Choice, nearest, together
+from metaprune.selection import Choice, nearest, reranked
 from metaprune.statistics import Statistics
 
 CLOSED, PLAIN, COMPENSATED, SURROGATE = "closed form", "plain curves", "compensated curves", "surrogate"
 REFINED = "refined"
-_CLEARLY = 0.95  # of a loss: one that is less by no more than the rest may be so by chance of the samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,19 +113,10 @@ class Encoded:
                 if loss < losses[best.name]:
                     best = Choice(name, scores, np.array(kept, dtype=np.int64))
                 losses[name] = loss
-        other, reranked = nearest(posed.groups, self.reranked(posed, best), judge)
-        clearly = reranked[other.name] < _CLEARLY * losses[best.name]
-        return (other if clearly else best), losses | reranked
-
-    def reranked(self, posed: Posed, choice: Choice) -> list[Choice]:
-        """The same kept counts with the units ranked by L2 norm, and by that and the choice's scores together."""
         by_norm, _ = unit_scores(self.graph, posed.groups, "magnitude")
-        both = together([choice.scores, by_norm])
-        names = ("magnitude", f"{self.scores.criterion} and magnitude")
-        return [
-            Choice(f"{choice.name}, {name}", scores, choice.kept)
-            for name, scores in zip(names, (by_norm, both), strict=True)
-        ]
+        criterion = self.scores.criterion
+        best, others = reranked(posed.groups, best, losses[best.name], criterion, by_norm, judge)
+        return best, losses | others
 
     def losses(self, posed: Posed, kept: Kept) -> Counts:
         """Predicted losses in nats of allocations of the groups that may shrink, shape [allocations, free].
