@@ -51,7 +51,8 @@ def refined(problem: Problem) -> Kept:
     Raises:
         OptionError: Losses can not be measured, for want of data.
     """
-    if problem.measure is None:
+    measured = problem.measure
+    if measured is None:
         raise OptionError("data: allocator 'refined' needs calibration data")
     problem = replace(problem, minimum=least_kept(problem))
     curves = curves_of(problem)
@@ -64,8 +65,8 @@ def refined(problem: Problem) -> Kept:
     solved = relaxed(problem) if problem.curves is not None else cost_aware(problem)
     starts = {tuple(kept.tolist()) for kept in (solved, *blends(problem, solved, _WAY))}
     ahead = np.array(sorted(starts), dtype=np.int64)
-    known = dict(zip(map(tuple, ahead.tolist()), problem.measure(ahead).tolist(), strict=True))
-    every = known | refine(problem, predicted, problem.measure, known)
+    known = dict(zip(map(tuple, ahead.tolist()), measured(ahead).tolist(), strict=True))
+    every = known | refine(problem, predicted, measured, known)
     best = min(every, key=lambda kept: every[kept])
     of_solver = known[tuple(solved.tolist())]
     problem.record.update(measured=len(every), loss=finite(every[best]), loss_of_solver=finite(of_solver))
