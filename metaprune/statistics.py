@@ -7,8 +7,8 @@ the gate, and half of it the loss to second order.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,7 +172,8 @@ def _gate_gradients(
     losses = [_loss(outputs, generator, temperature) for outputs in gated_outputs(graph, chunk, gates, first)]
     if not gates:
         return {}
-    found = torch.autograd.grad(torch.stack(losses).sum(), list(gates.values()), allow_unused=True)
+    with _unbatched_in_silence():
+        found = torch.autograd.grad(torch.stack(losses).sum(), list(gates.values()), allow_unused=True)
     return {
         name: torch.zeros_like(gate) if gradient is None else gradient
         for (name, gate), gradient in zip(gates.items(), found, strict=True)
@@ -189,13 +190,22 @@ def _run_together(graph: Graph, chunk: Sequence[Leaves], gates: Mapping[str, Ten
     if len(chunk) == 1 or len(shapes) > 1:
         return None
     stacked = {name: torch.stack([leaves[name] for leaves in chunk]) for name in chunk[0]}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
+    with _unbatched_in_silence():
         try:
             outputs = torch.vmap(lambda leaves, own: tuple(_run_one(graph, leaves, own)))(stacked, dict(gates))
         except RuntimeError:
             return None
     return [[output[i] for output in outputs] for i in range(len(chunk))]
+
+
+@contextmanager
+def _unbatched_in_silence() -> Iterator[None]:
+    """Without a warning for each operator that `torch.vmap` runs sample by sample, which backward passes print."""
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
 
 
 def _loss(outputs: list[Tensor], generator: torch.Generator, temperature: float) -> Tensor:
