@@ -13,9 +13,11 @@ no network of the fit has learned either.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,19 @@ def pruned_in_one_pass(pruner: mp.MetaPruner, **options: Any) -> Arm:
     return arm
 
 
+def remembered(name: str, arm: Arm) -> Arm:
+    """The same arm, which works once for a case and budget."""
+
+    def again(case: Case, budget: float) -> Made:
+        key = ("made", name, budget)
+        if key not in case.shared:
+            case.shared[key] = arm(case, budget)
+        found: Made = case.shared[key]
+        return replace(found, module=copy.deepcopy(found.module))
+
+    return again
+
+
 def trained(arm: Arm) -> Arm:
     """The same with a short training after it."""
 
@@ -74,6 +89,7 @@ def arms_of(pruners: list[mp.MetaPruner]) -> dict[str, Arm]:
     found = {arm: ZERO_STEPS[arm] for arm in (*RIVALS, REFINED)}
     found |= {arm: pruned_in_one_pass(pruner) for arm, pruner in zip(METANETWORKS, pruners, strict=True)}
     found[UNREFINED] = pruned_in_one_pass(pruners[0], refine=0)
+    found = {name: remembered(name, arm) for name, arm in found.items()}
     return found | {then(arm): trained(found[arm]) for arm in (FLOOR, REFINED, METANETWORKS[0])}
 
 
