@@ -52,10 +52,11 @@ bench-latency: $(STAMP)
 	$(BIN)/python benchmarks/latency.py
 
 bench-metanet: $(STAMP)
-	$(BIN)/metaprune zoo build --out runs/zoo --networks 72 --data fashion-mnist --processes 2
+	$(BIN)/metaprune zoo build --out runs/zoo --networks 120 --data fashion-mnist --processes 2
 	$(BIN)/metaprune zoo build --out runs/zoo-digits --networks 26 --data digits --seed 1
 	$(BIN)/python benchmarks/metanet.py --zoo runs/zoo --other runs/zoo-digits
 	$(BIN)/python benchmarks/metanet.py --zoo runs/zoo --other runs/zoo-digits --table
+	$(BIN)/python benchmarks/metanet_sizes.py --zoo runs/zoo
 
 # Apart from .venv: torchvision works only beside the torch build it was made for, so both come in one request.
 $(BENCH)/.installed: pyproject.toml
