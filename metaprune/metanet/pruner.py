@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 import metaprune
-from metaprune.api import Pruned, carried_out, trace
+from metaprune.api import Pruned, apply, carried_out, trace
 from metaprune.calibration import repeatable
 from metaprune.graphs.errors import LoadError, OptionError
 from metaprune.graphs.files import write_atomically
@@ -31,6 +33,7 @@ from metaprune.metanet.encoded import CLOSED, Encoded, scored
 from metaprune.metanet.examples import DATA, WEIGHTS
 from metaprune.metanet.graph_head import GraphHead, Subject
 from metaprune.metanet.predictor import Predictor
+from metaprune.metanet.rewrite_head import FEATURES, RewriteHead
 from metaprune.metanet.schema import Schema
 from metaprune.metanet.weight_graph import WeightGraph
 from metaprune.planning import Posed, pose
@@ -40,7 +43,7 @@ from metaprune.selection import nearest
 
 SCHEMA = 1
 CHECKPOINTS = "metaprune.checkpoints"
-_GRAPH = "graph."
+_GRAPH, _REWRITER = "graph.", "rewriter."
 _CLEARLY = 0.95  # of a loss: one that is less by no more than the rest may be so by chance of the samples
 _LARGEST, _LEAST = 0.9, 0.05  # kept multiply-adds at the ends of a front unless told otherwise
 
@@ -53,6 +56,7 @@ class MetaPruner:
         card: What they were fitted on, and how well they predict families held out.
         encoder: Of further unit states, where the heads were fitted with one.
         graphs: By what the heads look at the graph head whose predictions are among their features, where there is one.
+        rewriter: Rewrites weights where there are no data, if it was fitted.
         guard: How often the closed form's plan was kept and how often a predicted one, of those that were compared.
     """
 
@@ -62,6 +66,7 @@ class MetaPruner:
         card: Mapping[str, Any],
         encoder: Encoder | None = None,
         graphs: Mapping[str, GraphHead] | None = None,
+        rewriter: RewriteHead | None = None,
     ) -> None:
         if bool(card.get("states")) != (encoder is not None):
             raise OptionError("encoder: the heads were fitted " + ("without one" if encoder else "with one"))
@@ -69,6 +74,7 @@ class MetaPruner:
         self.card = dict(card)
         self.encoder = encoder
         self.graphs = dict(graphs or {})
+        self.rewriter = rewriter
         self.guard: Counter[str] = Counter()
 
     def encode(self, model: Any, inputs: Any = None, data: Any = None, seed: int = 0) -> Encoded:
@@ -149,19 +155,42 @@ class MetaPruner:
         seed: int = 0,
         certify: bool = True,
         latency: LatencyTable | None = None,
+        rewrite: bool | None = None,
     ) -> Pruned:
-        """Encodes, plans, cuts and certifies; with data the weights of what remains are fitted by least squares.
+        """Encodes, plans, cuts and certifies, and makes up for what is cut.
+
+        With data the weights of what remains are fitted by least squares. Without, a pruner that was fitted with the
+        head `"rewrite"` rewrites the network for the plan before it is cut; the certificate is of the rewritten one,
+        and the plan's provenance has the digest of its weights.
 
         Args, beyond those of `encode`, `plan` and `metaprune.prune`: model: What `encode` returned is accepted too, so
-            that one pass serves many budgets; its data and seed count then.
+            that one pass serves many budgets; its data and seed count then. rewrite: Whether weights are rewritten, and
+            not fitted; by default where there are no data and there is a head that does it.
+
+        Raises:
+            OptionError: Rewriting is asked for, and there is no head that does it.
         """
+        if rewrite and self.rewriter is None:
+            raise OptionError("rewrite: this pruner was fitted without the head 'rewrite'")
         encoded = model if isinstance(model, Encoded) else self.encode(model, inputs, data, seed)
 
         def planned(whole: Sequence[str]) -> Plan:
             return self.plan(encoded, budget, round_to, whole, only, kinds, latency)
 
         pruned = carried_out(encoded.graph, planned, protect, certify)
+        if rewrite or (rewrite is None and self.rewriter is not None and encoded.data is None):
+            return self._rewritten(encoded, pruned, certify)
         return pruned if encoded.data is None else reconstruct(pruned, encoded.data, seed=encoded.seed)
+
+    def _rewritten(self, encoded: Encoded, pruned: Pruned, certify: bool) -> Pruned:
+        """The same cut of the network with weights rewritten for it."""
+        assert self.rewriter is not None
+        tensors = self.rewriter.rewritten(encoded.graph, pruned.plan, encoded.seed)
+        about = {"digest": _digest(tensors), "refit": self.rewriter.config["refit"]}
+        plan = replace(pruned.plan, provenance={**pruned.plan.provenance, "rewritten": about})
+        found = apply(encoded.graph.with_values(tensors), plan, certify)
+        note = f"{len(tensors)} tensors rewritten for this plan without data (seed {encoded.seed})"
+        return replace(found, notes=(*(n for n in pruned.notes if n not in found.notes), *found.notes, note))
 
     def front(
         self,
@@ -214,10 +243,16 @@ class MetaPruner:
         }
         for sight, head in self.graphs.items():
             tensors |= {f"{_GRAPH}{sight}.{name}": value.contiguous() for name, value in head.state_dict().items()}
+        rewriter = None
+        if self.rewriter is not None:
+            tensors |= {f"{_REWRITER}{name}": v.contiguous() for name, v in self.rewriter.state_dict().items()}
+            rewriter = {"features": FEATURES, "config": self.rewriter.config}
         graphs = {sight: head.config for sight, head in self.graphs.items()}
         schemas = {sight: predictor.schema.digest for sight, predictor in self.predictors.items()}
         versions = {"metaprune": metaprune.__version__, "torch": torch.__version__}
         card = {"schema": SCHEMA, "features": schemas, "graphs": graphs, "versions": versions, **self.card}
+        if rewriter is not None:
+            card["rewriter"] = rewriter
         write_atomically(Path(path), save_tensors(tensors, {"card": json.dumps(card)}))
         if card_path is not None:
             write_atomically(Path(card_path), (json.dumps(card, indent=1) + "\n").encode())
@@ -243,6 +278,8 @@ class MetaPruner:
                 raise LoadError(f"{path}: schema {SCHEMA} is needed")
             features, states = dict(card.pop("features")), int(card["states"])
             configs = dict(card.pop("graphs", {}))
+            about = card.pop("rewriter", None)
+            rewriter = about and RewriteHead.of(about["features"], about["config"], _under(_REWRITER, tensors))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise LoadError(f"{path}: no checkpoint of a pruner: {' '.join(str(error).split())}") from None
         predictors, graphs = {}, {}
@@ -254,12 +291,20 @@ class MetaPruner:
             if schema.digest != digest:
                 raise LoadError(f"{path}: fitted on other features than this version of metaprune computes; fit again")
             predictors[sight] = Predictor.of(schema, _under(f"{sight}.", tensors))
-        return MetaPruner(predictors, card, encoder, graphs)
+        return MetaPruner(predictors, card, encoder, graphs, rewriter)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names start with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors by name."""
+    text = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        text.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return text.hexdigest()
 
 
 def _default() -> Path:
