@@ -59,7 +59,7 @@ def test_one_product_gives_the_gradient_of_the_loss(tmp_path: Path) -> None:
     shelf = Shelf(["chain-0"], [lambda: task_of("chain-0")], making, tmp_path, 1)
     head, cases = moved(RewriteHead(8, 1)), shelf(0)
     parameters = [p for p in head.parameters() if p.requires_grad]
-    mine = _error(head, shelf, 0, 1, 1)
+    mine = _error(head, RewriteCourse(), cases, 1, 1)
     plain = cases.loss(head(cases.graph, cases.kept[1], cases.starts[1]), 1, 1) / (float(cases.before[1]) + 0.1)
     assert float(mine.detach()) == pytest.approx(float(plain.detach()), rel=1e-6)
     for one, two in zip(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 import metaprune
 from metaprune.api import Pruned, apply, carried_out, trace
@@ -33,7 +33,7 @@ from metaprune.metanet.encoded import CLOSED, Encoded, scored
 from metaprune.metanet.examples import DATA, WEIGHTS
 from metaprune.metanet.graph_head import GraphHead, Subject
 from metaprune.metanet.predictor import Predictor
-from metaprune.metanet.rewrite_head import FEATURES, RewriteHead
+from metaprune.metanet.rewrite_head import COMPENSATION, FEATURES, SPARSITY, RewriteHead
 from metaprune.metanet.schema import Schema
 from metaprune.metanet.weight_graph import WeightGraph
 from metaprune.planning import Posed, pose
@@ -170,17 +170,36 @@ class MetaPruner:
         Raises:
             OptionError: Rewriting is asked for, and there is no head that does it.
         """
-        if rewrite and self.rewriter is None:
-            raise OptionError("rewrite: this pruner was fitted without the head 'rewrite'")
+        if rewrite and not self._rewrites_for(COMPENSATION):
+            raise OptionError("rewrite: this pruner was fitted without the head 'rewrite', or for another objective")
         encoded = model if isinstance(model, Encoded) else self.encode(model, inputs, data, seed)
 
         def planned(whole: Sequence[str]) -> Plan:
             return self.plan(encoded, budget, round_to, whole, only, kinds, latency)
 
         pruned = carried_out(encoded.graph, planned, protect, certify)
-        if rewrite or (rewrite is None and self.rewriter is not None and encoded.data is None):
+        if rewrite or (rewrite is None and self._rewrites_for(COMPENSATION) and encoded.data is None):
             return self._rewritten(encoded, pruned, certify)
         return pruned if encoded.data is None else reconstruct(pruned, encoded.data, seed=encoded.seed)
+
+    def rewrite(self, model: Any, inputs: Any = None) -> nn.Module:
+        """Rewrites a whole network so that it can be pruned at little loss; to be trained on and pruned as usual.
+
+        Args:
+            model: The network; it is not changed.
+            inputs: As for `metaprune.trace`.
+
+        Raises:
+            OptionError: The pruner was not fitted with the head `"rewrite"` for the objective `"group_sparsity"`.
+        """
+        if self.rewriter is None or not self._rewrites_for(SPARSITY):
+            raise OptionError(f"rewrite: this pruner was fitted without the head 'rewrite' for {SPARSITY!r}")
+        graph = model if isinstance(model, Graph) else trace(model, inputs)
+        whole = Plan({}, graph.fingerprint)
+        return apply(graph.with_values(self.rewriter.rewritten(graph, whole)), whole).module
+
+    def _rewrites_for(self, objective: str) -> bool:
+        return self.rewriter is not None and self.rewriter.config["objective"] == objective
 
     def _rewritten(self, encoded: Encoded, pruned: Pruned, certify: bool) -> Pruned:
         """The same cut of the network with weights rewritten for it."""

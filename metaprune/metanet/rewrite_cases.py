@@ -26,6 +26,7 @@ from metaprune.graphs.gates import Gates
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.graphs.trace import trace
+from metaprune.losses import Loss
 from metaprune.metanet.labels import random_allocations
 from metaprune.metanet.rewrite_head import gates_of
 from metaprune.metanet.weight_graph import WeightGraph
@@ -52,6 +53,7 @@ class Making:
         size: Samples in each of these.
         refit: Whether the weights to start from are those of `metaprune.dataless.refit_without_data`.
         seed: Of masks and of drawn inputs.
+        whole: Whether nothing is masked and labels are looked at; there is one case for each batch then.
     """
 
     masks: int
@@ -59,6 +61,7 @@ class Making:
     size: int
     refit: bool
     seed: int
+    whole: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +75,8 @@ class Cases:
         kept: For each mask by group whether units stay, shape [size].
         starts: For each mask the tensors that rewriting starts from.
         before: For each mask the loss with these, in nats, shape [masks].
+        labels: Of each batch, where they are looked at.
+        criterion: The task's loss of logits and labels.
     """
 
     graph: WeightGraph
@@ -80,6 +85,14 @@ class Cases:
     kept: Sequence[Mapping[str, Tensor]]
     starts: Sequence[Mapping[str, Tensor]]
     before: Tensor
+    labels: Sequence[Tensor]
+    criterion: Loss
+
+    def task_loss(self, tensors: Mapping[str, Tensor], batch: int) -> Tensor:
+        """The task's loss of the whole network with these tensors on a batch."""
+        network = self.graph.graph
+        found = execute(network, {**network.values, **tensors}, self.batches[batch])
+        return self.criterion(outputs_in(found)[0], self.labels[batch])
 
     def loss(self, tensors: Mapping[str, Tensor], mask: int, batch: int) -> Tensor:
         """KL(dense || masked network with these tensors), the mean over a batch, in nats."""
@@ -133,16 +146,19 @@ def cases_of(task: Task, making: Making, path: Path) -> Cases:
     batches = joined(graph, leaves, making.size)
     if len(batches) < making.batches:
         raise OptionError(f"samples: {making.batches * making.size} are needed, there are {len(leaves)}")
+    labels = _labels(task, making) if making.whole else ()
     with torch.no_grad():
         dense = [outputs_in(execute(graph, graph.values, batch))[0] for batch in batches]
+    whole = WeightGraph.of(graph)
+    if making.whole:
+        return Cases(whole, batches, dense, [{}], [{}], torch.zeros(1), labels, task.criterion)
     key = _key(graph, making)
     stored = _read(path, key)
-    whole = WeightGraph.of(graph)
     if stored is None:
         keeps = _keeps(graph, task, making)
         starts = [refit_without_data(graph, Plan(keep, ""), seed=making.seed) if making.refit else {} for keep in keeps]
         kept = [gates_of(graph, keep) for keep in keeps]
-        made = Cases(whole, batches, dense, kept, starts, torch.zeros(len(keeps)))
+        made = Cases(whole, batches, dense, kept, starts, torch.zeros(len(keeps)), labels, task.criterion)
         with torch.no_grad():
             losses = [
                 [made.loss(start, mask, batch) for batch in range(len(batches))] for mask, start in enumerate(starts)
@@ -157,7 +173,26 @@ def cases_of(task: Task, making: Making, path: Path) -> Cases:
         raise MetapruneError("a masked network gives values that are not finite")
     kept = [_under(f"kept/{mask}/", stored) for mask in range(making.masks)]
     starts = [_under(f"start/{mask}/", stored) for mask in range(making.masks)]
-    return Cases(whole, batches, dense, kept, starts, before)
+    return Cases(whole, batches, dense, kept, starts, before, labels, task.criterion)
+
+
+def _labels(task: Task, making: Making) -> Sequence[Tensor]:
+    """The labels of the samples, in batches.
+
+    Raises:
+        OptionError: The training data have no labels.
+    """
+    generator = getattr(task.train, "generator", None)
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(making.seed)  # the order in which the samples came
+    found: list[Tensor] = []
+    for batch in task.train:
+        if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+            raise OptionError("zoo: the training data have no labels")
+        found.append(batch[1])
+        if sum(map(len, found)) >= making.batches * making.size:
+            break
+    return torch.split(torch.cat(found)[: making.batches * making.size], making.size)
 
 
 def _key(graph: Graph, making: Making) -> Tensor:

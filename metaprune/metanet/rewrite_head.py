@@ -22,6 +22,8 @@ from metaprune.metanet.reading import ARGUMENTS, FAMILIES
 from metaprune.metanet.rewrite import Rewriter
 from metaprune.metanet.weight_graph import WeightGraph
 
+COMPENSATION, SPARSITY = "compensation", "group_sparsity"
+OBJECTIVES = (COMPENSATION, SPARSITY)
 FEATURES = hashlib.sha256(repr((SET, TENSOR, POSITION, ROLES, FAMILIES, ARGUMENTS, MOMENTS)).encode()).hexdigest()
 """Digest of all that a metanetwork reads of a network, by name and in order."""
 
@@ -37,6 +39,8 @@ class RewriteHead(nn.Module):
         ratio: See there.
         vector_ratio: See there.
         refit: Whether the weights it starts from are those of `metaprune.dataless.refit_without_data`.
+        objective: What it is trained for: `"compensation"` for units that go, or `"group_sparsity"` of the whole
+            network, before it is known which units go.
         seed: Of the initial weights; the caller's random state is left alone.
 
     Attributes:
@@ -52,10 +56,13 @@ class RewriteHead(nn.Module):
         ratio: float = 0.1,
         vector_ratio: float = 0.1,
         refit: bool = True,
+        objective: str = COMPENSATION,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.config = {
+        if objective not in OBJECTIVES:
+            raise OptionError(f"objective: {objective!r} is none of {', '.join(OBJECTIVES)}")
+        self.config: dict[str, Any] = {
             "hidden": hidden,
             "layers": layers,
             "further": further,
@@ -63,6 +70,7 @@ class RewriteHead(nn.Module):
             "ratio": ratio,
             "vector_ratio": vector_ratio,
             "refit": refit,
+            "objective": objective,
         }
         self.encoder = Metanetwork(hidden, layers, seed=seed)
         self.encoder.of_budget.requires_grad_(False)  # the mask says more than a budget would
@@ -87,7 +95,7 @@ class RewriteHead(nn.Module):
 
         Args:
             graph: The network; it is not changed.
-            plan: What stays.
+            plan: What stays; everything does for a head that is trained for group sparsity.
             seed: Of the inputs that the closed form draws.
 
         Raises:

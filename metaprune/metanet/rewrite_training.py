@@ -5,6 +5,10 @@ them on a batch, and the loss is KL(dense || masked) over what it is before the 
 at the predicted tensors is exact; one vector-Jacobian product then takes it through the head, however many batches it
 was summed over. Some families are held out, and the weights are kept of the step that serves them best; that may be the
 first, at which nothing is rewritten.
+
+The other objective, `"group_sparsity"`, is that of metanetworks as they were published (Liu et al. 2025, arXiv
+2506.12041): nothing is masked, and the loss is that of the task plus a penalty that makes the weakest units of each
+group weaker, so that a network is rewritten first, then trained on and pruned as usual.
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ from torch import Tensor
 
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.metanet.ensembles import Course, Curriculum, train
+from metaprune.metanet.group_sparsity import group_sparsity
 from metaprune.metanet.rewrite_cases import Cases, Making, Shelf
-from metaprune.metanet.rewrite_head import RewriteHead
+from metaprune.metanet.rewrite_head import COMPENSATION, OBJECTIVES, SPARSITY, RewriteHead
 from metaprune.metanet.team import Team
 from metaprune.task import Task
 
@@ -37,14 +42,16 @@ class RewriteCourse:
     """How the rewriting head is built and trained.
 
     Attributes:
+        objective: `"compensation"` or `"group_sparsity"`, see the module.
+        sparsity: Weight of the penalty of group sparsity, where the task's loss counts 1.
         hidden: Width of the units' states.
         layers: Rounds of messages before it is known which units go.
         further: Rounds after that.
         rank: Of what is added to a block.
         ratio: Bound of the change of blocks, see `metaprune.metanet.rewrite.Rewriter`.
         vector_ratio: Bound of the change of vectors.
-        refit: Whether rewriting starts from the closed form, `metaprune.dataless.refit_without_data`.
-        masks: Masks for each network.
+        refit: Whether compensation starts from the closed form, `metaprune.dataless.refit_without_data`.
+        masks: Masks for each network, for compensation.
         batches: Batches of samples for each network.
         size: Samples in each of these.
         steps: Steps of training.
@@ -57,6 +64,8 @@ class RewriteCourse:
         held: Networks that are held in memory.
     """
 
+    objective: str = COMPENSATION
+    sparsity: float = 0.1
     hidden: int = 24
     layers: int = 3
     further: int = 1
@@ -81,6 +90,15 @@ class RewriteCourse:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise OptionError(f"{name}: a positive whole number is needed, not {value!r}")
+        if self.objective not in OBJECTIVES:
+            raise OptionError(f"objective: {self.objective!r} is none of {', '.join(OBJECTIVES)}")
+        if not self.sparsity >= 0:
+            raise OptionError(f"sparsity: a weight of at least 0 is needed, not {self.sparsity!r}")
+
+    def making(self, seed: int) -> Making:
+        """What each network is trained on."""
+        whole = self.objective == SPARSITY
+        return Making(1 if whole else self.masks, self.batches, self.size, self.refit and not whole, seed, whole)
 
     @property
     def course(self) -> Course:
@@ -90,7 +108,15 @@ class RewriteCourse:
     def head(self, seed: int) -> RewriteHead:
         """The head before it is trained."""
         return RewriteHead(
-            self.hidden, self.layers, self.further, self.rank, self.ratio, self.vector_ratio, self.refit, seed
+            self.hidden,
+            self.layers,
+            self.further,
+            self.rank,
+            self.ratio,
+            self.vector_ratio,
+            self.making(seed).refit,
+            self.objective,
+            seed,
         )
 
 
@@ -129,7 +155,7 @@ def trained_head(
     team = team or Team()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if out is None else out
-        making = Making(course.masks, course.batches, course.size, course.refit, seed)
+        making = course.making(seed)
         shelf = Shelf([s.name for s in sources], [s.task for s in sources], making, folder / "masks", course.held)
         head = course.head(seed)
         with team.leader_first():
@@ -141,12 +167,13 @@ def trained_head(
         digest = hashlib.sha256(text.encode()).hexdigest()
 
         def errors(function: Callable[..., Tensor], rows: Tensor) -> Tensor:
-            return torch.stack([_error(function, shelf, *schedule.case(row)) for row in rows.tolist()])[None]
+            cases = [schedule.case(row) for row in rows.tolist()]
+            return torch.stack([_error(function, course, shelf(n), mask, batch) for n, mask, batch in cases])[None]
 
-        mask = torch.zeros(1, schedule.rows, dtype=torch.bool)
+        own = torch.zeros(1, schedule.rows, dtype=torch.bool)
         for number in seen:
-            mask[0, schedule.of(number)] = True
-        trained = train(head, errors, mask, course.course, seed, path, digest, schedule.curriculum(), team)
+            own[0, schedule.of(number)] = True
+        trained = train(head, errors, own, course.course, seed, path, digest, schedule.curriculum(), team)
     about = {
         **asdict(course),
         "parameters": sum(p.numel() for p in head.parameters()),
@@ -159,23 +186,24 @@ def trained_head(
     return head.requires_grad_(False), about
 
 
-def _error(function: Callable[..., Any], shelf: Shelf, number: int, mask: int, batch: int) -> Tensor:
-    """The loss of a masked network over the loss before; its gradient reaches the head by one product."""
-    cases: Cases = shelf(number)
+def _loss(course: RewriteCourse, cases: Cases, tensors: Mapping[str, Tensor], mask: int, batch: int) -> Tensor:
+    """What a network costs with some tensors: see the module."""
+    if course.objective == SPARSITY:
+        return cases.task_loss(tensors, batch) + course.sparsity * group_sparsity(cases.graph, tensors)
+    return cases.loss(tensors, mask, batch) / (float(cases.before[mask]) + _FLOOR)
+
+
+def _error(function: Callable[..., Any], course: RewriteCourse, cases: Cases, mask: int, batch: int) -> Tensor:
+    """The loss with the tensors that a function predicts; its gradient reaches the function by one product."""
     found: Mapping[str, Tensor] = function(cases.graph, cases.kept[mask], cases.starts[mask])
-    scale = float(cases.before[mask]) + _FLOOR
     moving = {name: value for name, value in found.items() if value.requires_grad}
     leaves = {name: value.detach().requires_grad_(name in moving) for name, value in found.items()}
-    loss = cases.loss(leaves, mask, batch) / scale
+    loss = _loss(course, cases, leaves, mask, batch).double()
     if not moving:
         return loss.detach()
     wanted = torch.autograd.grad(loss, [leaves[name] for name in moving], allow_unused=True)
-    products = [
-        (value * gradient).sum()
-        for value, gradient in zip(moving.values(), wanted, strict=True)
-        if gradient is not None
-    ]
-    product = torch.stack([p.double() for p in products]).sum()
+    pairs = zip(moving.values(), wanted, strict=True)
+    product = torch.stack([(value * own).sum().double() for value, own in pairs if own is not None]).sum()
     return loss.detach() + product - product.detach()
 
 
@@ -183,7 +211,7 @@ def _looked_at(
     sources: Sequence[Source], shelf: Shelf, head: RewriteHead, seed: int
 ) -> tuple[list[int], list[int], dict[str, str]]:
     """Numbers of the networks to train on and of those held out, and why others are left out; takes in features."""
-    away = _families_held_out([source.family for source in sources], seed)
+    away = _held_out([source.family for source in sources], seed)
     seen, held_out, skipped = [], [], {}
     for number, source in enumerate(sources):
         try:
@@ -191,7 +219,7 @@ def _looked_at(
         except (MetapruneError, OSError, RuntimeError, ValueError, LookupError) as error:
             skipped[source.name] = " ".join(str(error).split()) or type(error).__name__
             continue
-        if source.family in away:
+        if number in away:
             held_out.append(number)
         else:
             seen.append(number)
@@ -202,13 +230,15 @@ def _looked_at(
     return seen, held_out, skipped
 
 
-def _families_held_out(families: Sequence[str], seed: int) -> set[str]:
-    """A quarter of the families, at least one; none where there is only one."""
-    every = sorted(set(families))
+def _held_out(families: Sequence[str], seed: int) -> set[int]:
+    """Numbers of the networks of a quarter of the families, at least one; of one family alone a quarter of it."""
+    kinds = families if len(set(families)) > 1 else [str(number) for number in range(len(families))]
+    every = sorted(set(kinds))
     if len(every) < 2:
         return set()
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed)).tolist()
-    return {every[i] for i in order[: max(1, round(_HELD_OUT * len(every)))]}
+    away = {every[i] for i in order[: max(1, round(_HELD_OUT * len(every)))]}
+    return {number for number, kind in enumerate(kinds) if kind in away}
 
 
 class _Schedule:
@@ -218,7 +248,8 @@ class _Schedule:
         self._course, self._seed = course, seed
         order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed))
         self._seen, self._held_out = torch.tensor(seen)[order], torch.tensor(held_out, dtype=torch.long)
-        self._each = course.masks * course.batches
+        self._masks = course.making(seed).masks
+        self._each = self._masks * course.batches
         self.rows = self._each * (max((*seen, *held_out)) + 1)
 
     def of(self, number: int) -> slice:
@@ -233,7 +264,7 @@ class _Schedule:
     def curriculum(self) -> Curriculum:
         """Steps draw from the networks at hand; checks look at the same masks of the same networks each time."""
         some = [self._seen[:_JUDGED], self._held_out[:: max(1, len(self._held_out) // _JUDGED)]]
-        masks = torch.arange(0, self._course.masks, max(1, self._course.masks // 3)) * self._course.batches
+        masks = torch.arange(0, self._masks, max(1, self._masks // 3)) * self._course.batches
         judged = (torch.cat(some)[:, None] * self._each + masks).flatten()
         return Curriculum(self._rows_of, judged, 64)
 
