@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("little zoo")  # one process: the zoo is tr
 
 COURSE = RewriteCourse(
     objective="group_sparsity", sparsity=0.1, hidden=8, layers=1, batches=2, size=64, steps=30, every=10, rate=1e-2,
-    memory=0.8,
+    memory=0.8, aggregation="pna",
 )  # fmt: skip
 
 

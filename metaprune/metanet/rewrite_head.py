@@ -16,7 +16,7 @@ from metaprune.graphs.errors import LoadError, OptionError
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.metanet.encoding import POSITION, SET, TENSOR
-from metaprune.metanet.engine import Metanetwork
+from metaprune.metanet.engine import MEAN, Metanetwork
 from metaprune.metanet.exchange import MOMENTS
 from metaprune.metanet.reading import ARGUMENTS, FAMILIES
 from metaprune.metanet.rewrite import Rewriter
@@ -39,6 +39,7 @@ class RewriteHead(nn.Module):
         ratio: See there.
         vector_ratio: See there.
         refit: Whether the weights it starts from are those of `metaprune.dataless.refit_without_data`.
+        aggregation: See `metaprune.metanet.engine.Metanetwork`.
         objective: What it is trained for: `"compensation"` for units that go, or `"group_sparsity"` of the whole
             network, before it is known which units go.
         seed: Of the initial weights; the caller's random state is left alone.
@@ -57,6 +58,7 @@ class RewriteHead(nn.Module):
         vector_ratio: float = 0.1,
         refit: bool = True,
         objective: str = COMPENSATION,
+        aggregation: str = MEAN,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -71,8 +73,9 @@ class RewriteHead(nn.Module):
             "vector_ratio": vector_ratio,
             "refit": refit,
             "objective": objective,
+            "aggregation": aggregation,
         }
-        self.encoder = Metanetwork(hidden, layers, seed=seed)
+        self.encoder = Metanetwork(hidden, layers, seed=seed, aggregation=aggregation)
         self.encoder.of_budget.requires_grad_(False)  # the mask says more than a budget would
         self.rewriter = Rewriter(hidden, rank, ratio, further, seed, vector_ratio)
 

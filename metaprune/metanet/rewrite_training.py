@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from metaprune.graphs.errors import MetapruneError, OptionError
+from metaprune.metanet.engine import AGGREGATIONS, MEAN
 from metaprune.metanet.ensembles import Course, Curriculum, train
 from metaprune.metanet.group_sparsity import group_sparsity
 from metaprune.metanet.rewrite_cases import Cases, Making, Shelf
@@ -47,6 +48,7 @@ class RewriteCourse:
         hidden: Width of the units' states.
         layers: Rounds of messages before it is known which units go.
         further: Rounds after that.
+        aggregation: Of the first rounds, `"mean"` or `"pna"`.
         rank: Of what is added to a block.
         ratio: Bound of the change of blocks, see `metaprune.metanet.rewrite.Rewriter`.
         vector_ratio: Bound of the change of vectors.
@@ -69,6 +71,7 @@ class RewriteCourse:
     hidden: int = 24
     layers: int = 3
     further: int = 1
+    aggregation: str = MEAN
     rank: int = 4
     ratio: float = 0.1
     vector_ratio: float = 0.1
@@ -94,6 +97,8 @@ class RewriteCourse:
             raise OptionError(f"objective: {self.objective!r} is none of {', '.join(OBJECTIVES)}")
         if not self.sparsity >= 0:
             raise OptionError(f"sparsity: a weight of at least 0 is needed, not {self.sparsity!r}")
+        if self.aggregation not in AGGREGATIONS:
+            raise OptionError(f"aggregation: {self.aggregation!r} is none of {', '.join(AGGREGATIONS)}")
 
     def making(self, seed: int) -> Making:
         """What each network is trained on."""
@@ -116,6 +121,7 @@ class RewriteCourse:
             self.vector_ratio,
             self.making(seed).refit,
             self.objective,
+            self.aggregation,
             seed,
         )
 

@@ -6,12 +6,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from metaprune.graphs.errors import OptionError
+
+_PATIENCE = timedelta(days=7)  # all wait for the first while it measures a zoo
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def joined() -> Iterator[Team]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield Team()
         return
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield Team.here()
     finally:
