@@ -106,7 +106,9 @@ def _report_fit(card: Mapping[str, Any], out: Path, zoo: Zoo, as_json: bool) -> 
     skipped = {**zoo.skipped, **card["zoo"]["skipped"]}
     rows = list(_held_out(card["validation"]))
     if as_json:
-        print_json({"out": str(out), "networks": networks, "skipped": skipped, "held_out": rows})
+        rewriting = card.get("rewrite") and _rewriting(card["rewrite"])
+        told = {"rewriting": rewriting} if rewriting else {}
+        print_json({"out": str(out), "networks": networks, "skipped": skipped, "held_out": rows, **told})
         return
     table = Table(title=f"{out}: {networks} networks, judged by families that were left out")
     for heading in ("looks at", "predicts", "R2", "least R2 of a network", "rank correlation"):
@@ -116,8 +118,17 @@ def _report_fit(card: Mapping[str, Any], out: Path, zoo: Zoo, as_json: bool) -> 
         table.add_row(row["sight"], row["head"], *numbers)
     console = Console()
     console.print(table)
+    if "rewrite" in card:
+        found = _rewriting(card["rewrite"])
+        console.print(f"rewriting: step {found['step']} of {found['steps']} is kept, loss {found['loss']:.3f} there")
     for name, reason in skipped.items():
         console.print(Text(f"skipped: {name}: {reason}"))
+
+
+def _rewriting(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The step that was kept of a training, of how many, and the loss there, on families left out if there are any."""
+    loss = next(row[-1] for row in about["history"] if row[0] == about["step"])
+    return {"step": about["step"], "steps": about["steps"], "loss": loss}
 
 
 def _held_out(validation: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

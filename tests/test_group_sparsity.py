@@ -18,7 +18,7 @@ from tests.support.little_zoo import graph_of, images, pruner_of_zoo, task_of
 pytestmark = pytest.mark.xdist_group("little zoo")  # one process: the zoo is trained once
 
 COURSE = RewriteCourse(
-    objective="group_sparsity", sparsity=0.1, hidden=8, layers=1, batches=2, size=64, steps=30, every=10, rate=1e-2,
+    objective="group_sparsity", sparsity=0.1, hidden=8, layers=1, batches=2, size=64, steps=12, every=6, rate=1e-2,
     memory=0.8, aggregation="pna",
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import metaprune as mp
+from metaprune.cli_metanet import _rewriting
 from metaprune.dataless import refit_without_data
 from metaprune.graphs.errors import LoadError, MetapruneError, OptionError
 from metaprune.metanet import ensembles
@@ -124,6 +125,7 @@ def test_the_loss_falls_and_the_best_step_on_families_held_out_is_kept() -> None
     assert [row[0] for row in history] == [0, 8, 16, 24]
     assert history[-1][1] < 0.9 * history[0][1]
     assert about["step"] == min(history, key=lambda row: row[2])[0]
+    assert _rewriting(about) == {"step": about["step"], "steps": 24, "loss": min(row[2] for row in history)}
     assert not any(parameter.requires_grad for parameter in head.parameters())
 
 
