@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -139,41 +139,53 @@ def cases_of(task: Task, making: Making, path: Path) -> Cases:
     """
     graph = trace(task.model, task.inputs)
     kinds_of(graph, (LOGITS,))
-    generator = getattr(task.train, "generator", None)
-    if isinstance(generator, torch.Generator):
-        generator.manual_seed(making.seed)
+    batches = _batches(graph, task, making)
+    with torch.no_grad():
+        dense = [outputs_in(execute(graph, graph.values, batch))[0] for batch in batches]
+    labels = _labels(task, making) if making.whole else ()
+    unmasked = Cases(WeightGraph.of(graph), batches, dense, [{}], [{}], torch.zeros(1), labels, task.criterion)
+    if making.whole:
+        return unmasked
+    key = _key(graph, making)
+    stored = _read(path, key)
+    if stored is None:
+        stored = {"key": key, **_masked(unmasked, _keeps(graph, task, making), making)}
+        write_atomically(path, save_tensors(stored))
+    if not bool(stored["before"].isfinite().all()):
+        raise MetapruneError("a masked network gives values that are not finite")
+    kept, starts = ([_under(f"{what}/{mask}/", stored) for mask in range(making.masks)] for what in ("kept", "start"))
+    return replace(unmasked, kept=kept, starts=starts, before=stored["before"])
+
+
+def _batches(graph: Graph, task: Task, making: Making) -> list[Leaves]:
+    """The first training samples, in the order that the seed gives; raises `OptionError` where there are too few."""
+    _seed_loader(task, making.seed)
     leaves = leaves_of(graph, task.train, making.batches * making.size, making.seed)
     batches = joined(graph, leaves, making.size)
     if len(batches) < making.batches:
         raise OptionError(f"samples: {making.batches * making.size} are needed, there are {len(leaves)}")
-    labels = _labels(task, making) if making.whole else ()
+    return batches
+
+
+def _seed_loader(task: Task, seed: int) -> None:
+    generator = getattr(task.train, "generator", None)
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+
+
+def _masked(unmasked: Cases, keeps: Sequence[Mapping[str, tuple[int, ...]]], making: Making) -> dict[str, Tensor]:
+    """By name the gates and the starts of all masks, and the losses with these."""
+    graph = unmasked.graph.graph
+    kept = [gates_of(graph, keep) for keep in keeps]
+    starts = [refit_without_data(graph, Plan(keep, ""), seed=making.seed) if making.refit else {} for keep in keeps]
+    cases = replace(unmasked, kept=kept, starts=starts)
     with torch.no_grad():
-        dense = [outputs_in(execute(graph, graph.values, batch))[0] for batch in batches]
-    whole = WeightGraph.of(graph)
-    if making.whole:
-        return Cases(whole, batches, dense, [{}], [{}], torch.zeros(1), labels, task.criterion)
-    key = _key(graph, making)
-    stored = _read(path, key)
-    if stored is None:
-        keeps = _keeps(graph, task, making)
-        starts = [refit_without_data(graph, Plan(keep, ""), seed=making.seed) if making.refit else {} for keep in keeps]
-        kept = [gates_of(graph, keep) for keep in keeps]
-        made = Cases(whole, batches, dense, kept, starts, torch.zeros(len(keeps)), labels, task.criterion)
-        with torch.no_grad():
-            losses = [
-                [made.loss(start, mask, batch) for batch in range(len(batches))] for mask, start in enumerate(starts)
-            ]
-        stored = {"before": torch.tensor(losses, dtype=torch.float64).mean(1), "key": key}
-        for mask, (gates, start) in enumerate(zip(kept, starts, strict=True)):
-            stored |= {f"kept/{mask}/{name}": gate for name, gate in gates.items()}
-            stored |= {f"start/{mask}/{name}": value.contiguous() for name, value in start.items()}
-        write_atomically(path, save_tensors(stored))
-    before = stored["before"]
-    if not bool(before.isfinite().all()):
-        raise MetapruneError("a masked network gives values that are not finite")
-    kept = [_under(f"kept/{mask}/", stored) for mask in range(making.masks)]
-    starts = [_under(f"start/{mask}/", stored) for mask in range(making.masks)]
-    return Cases(whole, batches, dense, kept, starts, before, labels, task.criterion)
+        losses = [[cases.loss(start, i, batch) for batch in range(making.batches)] for i, start in enumerate(starts)]
+    found = {"before": torch.tensor(losses, dtype=torch.float64).mean(1)}
+    for mask, (gates, start) in enumerate(zip(kept, starts, strict=True)):
+        found |= {f"kept/{mask}/{name}": gate for name, gate in gates.items()}
+        found |= {f"start/{mask}/{name}": value.contiguous() for name, value in start.items()}
+    return found
 
 
 def _labels(task: Task, making: Making) -> Sequence[Tensor]:
@@ -182,9 +194,7 @@ def _labels(task: Task, making: Making) -> Sequence[Tensor]:
     Raises:
         OptionError: The training data have no labels.
     """
-    generator = getattr(task.train, "generator", None)
-    if isinstance(generator, torch.Generator):
-        generator.manual_seed(making.seed)  # the order in which the samples came
+    _seed_loader(task, making.seed)  # the order in which the samples came
     found: list[Tensor] = []
     for batch in task.train:
         if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
