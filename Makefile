@@ -12,7 +12,7 @@ EXTRAS := dev,onnx,demo
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: demo test lint bench-coverage bench-scaling bench-accuracy bench-closed-form bench-latency bench-metanet nightly clean
+.PHONY: demo test lint bench-coverage bench-scaling bench-accuracy bench-closed-form bench-latency bench-metanet bench-rewriting nightly clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -57,6 +57,11 @@ bench-metanet: $(STAMP)
 	$(BIN)/python benchmarks/metanet.py --zoo runs/zoo --other runs/zoo-digits
 	$(BIN)/python benchmarks/metanet.py --zoo runs/zoo --other runs/zoo-digits --table
 	$(BIN)/python benchmarks/metanet_sizes.py --zoo runs/zoo
+
+bench-rewriting: $(STAMP)
+	$(BIN)/metaprune zoo build --out runs/zoo --networks 72 --data fashion-mnist --processes 2
+	$(BIN)/python benchmarks/rewriting.py --zoo runs/zoo
+	$(BIN)/python benchmarks/rewriting.py --zoo runs/zoo --table
 
 # Apart from .venv: torchvision works only beside the torch build it was made for, so both come in one request.
 $(BENCH)/.installed: pyproject.toml

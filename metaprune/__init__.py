@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from metaprune.brain_surgeon import obs_update
     from metaprune.curves import Sensitivity
     from metaprune.data import Batches
+    from metaprune.dataless import refit_without_data
     from metaprune.datasets import cifar, digits, fashion_mnist
     from metaprune.engines import measure_latency
     from metaprune.evaluation import evaluate
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from metaprune.latency import LatencyTable
     from metaprune.metanet.fitting import fit
     from metaprune.metanet.pruner import MetaPruner
+    from metaprune.metanet.rewrite_training import RewriteCourse
     from metaprune.metanet.zoo import Zoo
     from metaprune.prune_aware import train_tolerant
     from metaprune.reconstruction import reconstruct
@@ -47,6 +49,7 @@ __all__ = [
     "MetapruneError",
     "Plan",
     "Pruned",
+    "RewriteCourse",
     "Sensitivity",
     "Settings",
     "Sparse",
@@ -69,6 +72,7 @@ __all__ = [
     "recalibrate",
     "reconstruct",
     "recover",
+    "refit_without_data",
     "sensitivity",
     "sparsify",
     "trace",
@@ -82,6 +86,7 @@ _HOMES = {
     "metaprune.api": ("Pruned", "apply", "load", "plan", "prune", "trace"),
     "metaprune.curves": ("Sensitivity",),
     "metaprune.data": ("Batches",),
+    "metaprune.dataless": ("refit_without_data",),
     "metaprune.datasets": ("cifar", "digits", "fashion_mnist"),
     "metaprune.engines": ("measure_latency",),
     "metaprune.evaluation": ("evaluate",),
@@ -92,6 +97,7 @@ _HOMES = {
     "metaprune.latency": ("LatencyTable",),
     "metaprune.metanet.fitting": ("fit",),
     "metaprune.metanet.pruner": ("MetaPruner",),
+    "metaprune.metanet.rewrite_training": ("RewriteCourse",),
     "metaprune.metanet.zoo": ("Zoo",),
     "metaprune.brain_surgeon": ("obs_update",),
     "metaprune.prune_aware": ("train_tolerant",),

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metaprune.calibration import repeatable
 from metaprune.curves import Sensitivity
+from metaprune.dataless import digest, refit_without_data
 from metaprune.graphs import native, onnx_export, saved
 from metaprune.graphs.certificate import Certificate, Prover
 from metaprune.graphs.cost import Cost, counted
@@ -203,13 +204,14 @@ def prune(
     `metaprune.reconstruct`, all without labels and without training. The certificate is of the cut, before the weights
     are fitted. Data that neither the criterion nor the fit would look at are refused.
 
+    Without data weights can be fitted too, with `reconstruct=True`: to what the dense network answers to drawn inputs
+    that its batch norms vouch for, see `metaprune.refit_without_data`. The certificate is of the fitted network then.
+
     Args, beyond those of `trace`, `plan` and `apply`: reconstruct: Whether weights are fitted; by default when there
         are data.
     """
     if reconstruct is None:
         reconstruct = data is not None
-    if reconstruct and data is None:
-        raise OptionError("reconstruct: calibration data are needed")
     if data is not None:
         data = repeatable(data)
     planned_on = data if uses_data(criterion, allocator) or not reconstruct else None
@@ -219,7 +221,26 @@ def prune(
         return plan(graph, budget, criterion, allocator, planned_on, round_to, whole, only, kinds, seed, latency)
 
     pruned = carried_out(graph, planned, protect, certify)
-    return fit_weights(pruned, data, seed=seed) if reconstruct else pruned
+    if not reconstruct:
+        return pruned
+    if data is None:
+        return rewritten(pruned, refit_without_data(graph, pruned.plan, seed=seed), seed)
+    return fit_weights(pruned, data, seed=seed)
+
+
+def rewritten(pruned: Pruned, tensors: Mapping[str, Tensor], seed: int = 0) -> Pruned:
+    """The same cut with other values of the network, certified where that was.
+
+    Args:
+        pruned: A cut.
+        tensors: Values that were found for its plan without data, by name, in their full shapes; the plan's provenance
+            gets their digest.
+        seed: Of what was drawn to find them.
+    """
+    changed = replace(pruned.plan, provenance={**pruned.plan.provenance, "rewritten": digest(tensors)})
+    found = apply(pruned.original.with_values(tensors), changed, pruned.certificate is not None)
+    notes = [*(note for note in pruned.notes if note not in found.notes), *found.notes]
+    return replace(found, notes=(*notes, f"{len(tensors)} tensors rewritten for this plan without data (seed {seed})"))
 
 
 def carried_out(

@@ -16,6 +16,7 @@ from metaprune.cli_shared import AsJson, Debug, Seed, errors_in_one_line, print_
 from metaprune.graphs.errors import OptionError
 from metaprune.metanet.building import build as build_zoo
 from metaprune.metanet.sources import SOURCES
+from metaprune.metanet.team import joined
 from metaprune.metanet.zoo import Zoo
 
 zoo_app = typer.Typer(help="Zoos of small networks that a metanetwork learns from.", no_args_is_help=True)
@@ -58,21 +59,25 @@ def fit(
     zoo: Annotated[Path, typer.Argument(help="Folder that zoo build has written.", file_okay=False)],
     out: Annotated[Path, typer.Option(help="FILE.safetensors for what was learned; its card is FILE.json.")],
     work: Annotated[Path | None, typer.Option(help="Folder of the fit, to go on from.", file_okay=False)] = None,
-    heads: Annotated[str, typer.Option(help="What is learned: curves, or curves,joint.")] = "curves,joint",
+    heads: Annotated[str, typer.Option(help="What is learned: curves; joint, rewrite too if named.")] = "curves,joint",
     directory: Directory = None,
     seed: Seed = 0,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Learn from a zoo what pruning costs, and tell how well that holds for families left out."""
+    """Learn from a zoo what pruning costs, and tell how well that holds for families left out.
+
+    Several processes, started by torchrun --nproc-per-node N -m metaprune fit ..., share the head rewrite.
+    """
     with errors_in_one_line(debug):
         if out.suffix != ".safetensors":
             raise OptionError(f"out: a name that ends in .safetensors is needed, not {out.name!r}")
         opened = Zoo.open(zoo, directory)
-        with progress_bar("networks") as bar:
+        with joined() as team, progress_bar("networks") as bar:
             pruner = mp.fit(opened, heads.split(","), work, seed, progress=bar)
-        pruner.save(out, out.with_suffix(".json"))
-        _report_fit(pruner.card, out, opened, as_json)
+        if team.leads:
+            pruner.save(out, out.with_suffix(".json"))
+            _report_fit(pruner.card, out, opened, as_json)
 
 
 def _report_zoo(zoo: Zoo, as_json: bool) -> None:
@@ -101,7 +106,9 @@ def _report_fit(card: Mapping[str, Any], out: Path, zoo: Zoo, as_json: bool) -> 
     skipped = {**zoo.skipped, **card["zoo"]["skipped"]}
     rows = list(_held_out(card["validation"]))
     if as_json:
-        print_json({"out": str(out), "networks": networks, "skipped": skipped, "held_out": rows})
+        rewriting = card.get("rewrite") and _rewriting(card["rewrite"])
+        told = {"rewriting": rewriting} if rewriting else {}
+        print_json({"out": str(out), "networks": networks, "skipped": skipped, "held_out": rows, **told})
         return
     table = Table(title=f"{out}: {networks} networks, judged by families that were left out")
     for heading in ("looks at", "predicts", "R2", "least R2 of a network", "rank correlation"):
@@ -111,8 +118,17 @@ def _report_fit(card: Mapping[str, Any], out: Path, zoo: Zoo, as_json: bool) -> 
         table.add_row(row["sight"], row["head"], *numbers)
     console = Console()
     console.print(table)
+    if "rewrite" in card:
+        found = _rewriting(card["rewrite"])
+        console.print(f"rewriting: step {found['step']} of {found['steps']} is kept, loss {found['loss']:.3f} there")
     for name, reason in skipped.items():
         console.print(Text(f"skipped: {name}: {reason}"))
+
+
+def _rewriting(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The step that was kept of a training, of how many, and the loss there, on families left out if there are any."""
+    loss = next(row[-1] for row in about["history"] if row[0] == about["step"])
+    return {"step": about["step"], "steps": about["steps"], "loss": loss}
 
 
 def _held_out(validation: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

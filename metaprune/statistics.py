@@ -7,7 +7,7 @@ the gate, and half of it the loss to second order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -201,11 +201,12 @@ def _run_together(graph: Graph, chunk: Sequence[Leaves], gates: Mapping[str, Ten
 @contextmanager
 def _unbatched_in_silence() -> Iterator[None]:
     """Without a warning for each operator that `torch.vmap` runs sample by sample, which backward passes print."""
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    show: Callable[[bool], None] = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+    show(False)
     try:
         yield
     finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
+        show(True)
 
 
 def _loss(outputs: list[Tensor], generator: torch.Generator, temperature: float) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-NAMES = ("allowances", "chains", "networks", "operations", "oracle", "random_weights", "report", "scaling")
+NAMES = ("allowances", "chains", "networks", "operations", "oracle", "random_weights", "report", "rewriting", "scaling")
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +140,24 @@ def test_tables_replace_what_stands_between_the_markers(
     monkeypatch.setattr(bench["report"], "README", path)
     bench["report"].put_table("t", "new \\1\n")
     assert path.read_text() == "a\n<!-- t:begin -->\nnew \\1\n<!-- t:end -->\nb\n"
+
+
+def test_the_table_of_rewriting_pairs_arms_by_network(bench: dict[str, ModuleType]) -> None:
+    rewriting = bench["rewriting"]
+    rows = [
+        {"key": (name, budget, arm), "accuracy": accuracy + gain, "kl": 1.0, "dense": 0.8, "seconds": 2.0}
+        for name, accuracy in (("a", 0.1), ("b", 0.3))
+        for budget in rewriting.BUDGETS
+        for arm, gain in (
+            (rewriting.MASKS, 0.0), (rewriting.REFIT, 0.1 + accuracy), (rewriting.DATA, 0.4), ("own", 0.2),
+        )
+    ]  # fmt: skip
+    rows.append({**rows[0], "key": ("c", 0.5, rewriting.MASKS)})  # a network that is not through yet
+    found = rewriting.table(rows, {"own": {"step": 2, "steps": 4, "history": [[0, 1.0, 2.0], [2, 0.5, 1.0]]}})
+    lines = found.splitlines()
+    assert "| masked, nothing else | 20.0 (1.00) | 20.0 (1.00) | 20.0 (1.00) |" in lines
+    error = 1.645 * 200**0.5 / 2**0.5  # gains of 20 and 40 points: a standard deviation of the root of 200
+    assert f"| refit without data | +30.0 ± {error:.1f} (+20.0) | " in found
+    assert "| own | +20.0 ± 0.0 (+20.0) | " in found
+    assert "own: step 2 of 4, 0.50" in lines[-1]
+    assert lines[-1].startswith("2 networks of the families")

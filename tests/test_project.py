@@ -26,6 +26,7 @@ LAYERS = (
     (
         "metaprune.task",
         "metaprune.data",
+        "metaprune.dataless",
         "metaprune.datasets",
         "metaprune.losses",
         "metaprune.training",

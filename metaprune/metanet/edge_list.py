@@ -9,10 +9,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch_geometric.nn import MessagePassing
+from torch_geometric.nn.aggr import Aggregation
 
+from metaprune.metanet.aggregation import root
 from metaprune.metanet.layout import Side
 from metaprune.metanet.views import edges
 from metaprune.metanet.weight_graph import WeightGraph
+
+
+class RootOfSquares(Aggregation):  # type: ignore[misc]
+    """The root of the sum of squared messages; see `metaprune.metanet.aggregation`."""
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | None = None,
+        ptr: Tensor | None = None,
+        dim_size: int | None = None,
+        dim: int = -2,
+    ) -> Tensor:
+        """Messages [edges, h] by the units [edges] that hear them; shape [units, h]."""
+        return root(self.reduce(x.square(), index, ptr, dim_size, dim, reduce="sum"))
 
 
 class EdgeListExchange(MessagePassing):  # type: ignore[misc]
@@ -23,10 +40,11 @@ class EdgeListExchange(MessagePassing):  # type: ignore[misc]
 
     Args:
         graph: The network.
+        many: Whether a unit hears all of `metaprune.metanet.aggregation.AGGREGATORS`, and not the sum alone.
     """
 
-    def __init__(self, graph: WeightGraph) -> None:
-        super().__init__(aggr="sum", node_dim=0)
+    def __init__(self, graph: WeightGraph, many: bool = False) -> None:
+        super().__init__(aggr=["sum", RootOfSquares(), "max", "min"] if many else "sum", node_dim=0)
         self._count = graph.layout.count
         seen = [_seen(graph, side) for side in (0, 1)]
         found: list[tuple[Tensor, ...]] = [(torch.zeros(2, 0, dtype=torch.long), torch.zeros(0, dtype=torch.long))]

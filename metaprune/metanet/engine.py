@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from metaprune.graphs.coupling import ROLES
 from metaprune.graphs.errors import OptionError
+from metaprune.metanet.aggregation import AGGREGATORS, ManyExchange
 from metaprune.metanet.encoding import POSITION, SET, TENSOR
 from metaprune.metanet.exchange import MOMENTS, DenseExchange, Exchange
 from metaprune.metanet.layout import Incidence
 from metaprune.metanet.reading import ARGUMENTS, FAMILIES
 from metaprune.metanet.weight_graph import WeightGraph
 
+MEAN, PNA = AGGREGATIONS = ("mean", "pna")
 _SIDES = ("outputs", "inputs", "lines")
 _SMALL = 0.2  # of what depends on types alone, so that it does not drown what tells one unit from another
 _SLACK = 1e-6  # what is stored in a lower precision is not outside
@@ -33,18 +35,19 @@ class Layer(nn.Module):
 
     The product of a message with the hearer's own gate stands for the product over both ends of an edge and its
     weight, which is how graph metanetworks are built (Lim et al. 2023, arXiv 2312.04501; here factorised, so that
-    no message is ever materialised).
+    no message is ever materialised). With several aggregators d and u hold what each of them gives.
 
     Shapes: x [units, h]; b [blocks, h]; returns [units, h].
     """
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, aggregators: int = 1) -> None:
         super().__init__()
         self.hidden = hidden
         self.send = nn.Linear(hidden, 2 * MOMENTS * hidden, bias=False)
         self.modulate = nn.Linear(hidden, 2 * MOMENTS * hidden)
-        self.gate = nn.Linear(hidden, 2 * hidden)
-        self.update = nn.Sequential(nn.Linear(3 * hidden, 2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, hidden))
+        heard = 2 * aggregators * hidden
+        self.gate = nn.Linear(hidden, heard)
+        self.update = nn.Sequential(nn.Linear(hidden + heard, 2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, hidden))
 
     def forward(self, x: Tensor, blocks: Tensor, exchange: Exchange) -> Tensor:
         """See the class."""
@@ -67,10 +70,13 @@ class Metanetwork(nn.Module):
         hidden: Width of all states.
         layers: Rounds of messages.
         observed: Number of features per unit that a caller may add, such as activation moments or Fisher mass.
+        aggregation: `"mean"`, or `"pna"` for the several aggregators of `metaprune.metanet.aggregation`, which takes a
+            tensor entry for each edge and state instead of products of matrices.
         seed: Of the initial weights; the caller's random state is left alone.
 
     Attributes:
-        config: The arguments that build it again, but for the seed.
+        config: The arguments that build it again, but for the seed and the aggregation.
+        aggregation: How messages are aggregated.
         low: Least value of each feature among the networks seen by `widen`, shape [features].
         high: Greatest value of each.
         mean: Mean of each feature over them.
@@ -84,11 +90,16 @@ class Metanetwork(nn.Module):
     spread: Tensor
     count: Tensor
 
-    def __init__(self, hidden: int = 32, layers: int = 4, observed: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, hidden: int = 32, layers: int = 4, observed: int = 0, seed: int = 0, aggregation: str = MEAN
+    ) -> None:
         super().__init__()
+        if aggregation not in AGGREGATIONS:
+            raise OptionError(f"aggregation: {aggregation!r} is none of {', '.join(AGGREGATIONS)}")
         if hidden < 1 or layers < 0 or observed < 0:
             raise OptionError("metanetwork: hidden must be at least 1, layers and observed at least 0")
         self.config = {"hidden": hidden, "layers": layers, "observed": observed}
+        self.aggregation = aggregation
         with torch.random.fork_rng([]):
             torch.default_generator.manual_seed(seed)
             self.kind, self.family, self.argument = (
@@ -105,7 +116,9 @@ class Metanetwork(nn.Module):
                     nn.Linear(observed, hidden),
                     nn.Parameter(_SMALL * torch.randn(hidden)),
                 )
-            self.layers = nn.ModuleList(Layer(hidden) for _ in range(layers))
+            self.layers = nn.ModuleList(
+                Layer(hidden, len(AGGREGATORS) if aggregation == PNA else 1) for _ in range(layers)
+            )
         self._names, self._places = _places(observed)
         for name, value in (("low", torch.inf), ("high", -torch.inf), ("mean", 0.0), ("spread", 0.0), ("count", 0.0)):
             self.register_buffer(name, torch.full((len(self._names),), value))
@@ -126,7 +139,8 @@ class Metanetwork(nn.Module):
             weight_graph: The network.
             budget: Part of the network to keep, over 0 up to 1, when the states shall depend on it.
             observed: For some groups what was observed of their units, shape [size] or [size, observed].
-            exchange: Another way to pass messages, `metaprune.metanet.edge_list.EdgeListExchange`; dense by default.
+            exchange: Another way to pass messages, `metaprune.metanet.edge_list.EdgeListExchange`, of the same
+                aggregation; dense by default.
 
         Returns:
             For each group of the network, in its order, shape [size, hidden].
@@ -155,7 +169,7 @@ class Metanetwork(nn.Module):
         states = sets.repeat_interleave(encoding.sizes.to(device), 0) + self.of_parts(torch.cat(parts, 1))
         if self.config["observed"]:
             states = states + torch.where(known[:, None], self.of_observed(table["observed"]), self.unobserved)
-        passing = exchange or DenseExchange(weight_graph)
+        passing = exchange or (ManyExchange if self.aggregation == PNA else DenseExchange)(weight_graph)
         for layer in self.layers:
             states = layer(states, blocks, passing)
         return weight_graph.split(F.layer_norm(states, states.shape[1:]))

@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from metaprune.graphs.errors import LoadError, OptionError
 from metaprune.graphs.files import write_atomically
+from metaprune.metanet.team import Team
 
 Values = dict[str, Tensor]
 
@@ -65,12 +66,28 @@ class Course:
         return self.rate * warming * (self.end + (1 - self.end) * 0.5 * (1 + math.cos(math.pi * passed)))
 
 
+@dataclass(frozen=True)
+class Curriculum:
+    """Which rows a training looks at, where that is not any row in a step and all of them in a check.
+
+    Attributes:
+        rows_of: The rows of a step, counted from 0.
+        judged: The rows that checks look at.
+        batch: So many of them at a time.
+    """
+
+    rows_of: Callable[[int], Tensor]
+    judged: Tensor
+    batch: int
+
+
 @dataclass
 class Trained:
     """What a training came to.
 
     Attributes:
-        history: For each check the step, the mean loss on rows seen, and on rows held out where there are any.
+        history: For each check the step, the mean loss on rows seen, and on rows held out where there are any; with a
+            curriculum from step 0 on.
         step: The step whose weights were kept: that of the least loss held out, else the last.
     """
 
@@ -86,6 +103,8 @@ def train(
     seed: int,
     path: Path | None = None,
     digest: str = "",
+    curriculum: Curriculum | None = None,
+    team: Team | None = None,
 ) -> Trained:
     """Trains all members of a model; it is left with the weights that are kept.
 
@@ -98,22 +117,36 @@ def train(
         seed: Of the batches.
         path: Checkpoint to go on from and to write to.
         digest: Of all that the training depends on.
+        curriculum: Which rows; by default `course.batch` rows drawn from the seed, and all rows in checks.
+        team: Processes that share the rows of each step and of each check; all call this alike.
 
     Raises:
-        OptionError: The checkpoint is of another training.
+        OptionError: The checkpoint is of another training, or the rows of a step can not be shared equally.
         LoadError: It is damaged.
     """
-    run = _Run(model, errors, seen, course)
+    team = team or Team()
+    run = _Run(model, errors, seen, course, curriculum or _any_rows(seen, course, seed), team)
     if path is not None and path.exists():
         run.read(path, digest)
+    elif curriculum is not None:
+        run.check()
     while run.step < course.steps:
-        run.advance(seed)
+        run.advance()
         if run.step % course.every == 0 or run.step == course.steps:
             run.check()
-            if path is not None:
+            if path is not None and team.leads:
                 run.write(path, digest)
+    team.wait()
     model.load_state_dict({**model.state_dict(), **run.best})
     return run.trained
+
+
+def _any_rows(seen: Tensor, course: Course, seed: int) -> Curriculum:
+    def rows_of(step: int) -> Tensor:
+        draw = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+        return torch.randint(seen.shape[1], (course.batch,), generator=draw)
+
+    return Curriculum(rows_of, torch.arange(seen.shape[1]), 8 * course.batch)
 
 
 class _Run:
@@ -125,27 +158,32 @@ class _Run:
         errors: Callable[[Callable[..., Tensor], Tensor], Tensor],
         seen: Tensor,
         course: Course,
+        curriculum: Curriculum,
+        team: Team,
     ) -> None:
         self.step = 0
         self.trained = Trained()
         self.best: Values = {}
         self._model, self._errors, self._seen, self._course = model, errors, seen, course
+        self._curriculum, self._team = curriculum, team
         self._weights = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self._mean = {name: value.detach().clone() for name, value in self._weights.items()}
         self._optimizer = torch.optim.AdamW(
             self._weights.values(), course.rate, weight_decay=course.decay, foreach=True
         )
 
-    def advance(self, seed: int) -> None:
+    def advance(self) -> None:
         """One step: each member's mean error on the rows of the batch that it may see."""
         course = self._course
-        draw = torch.Generator().manual_seed((seed * 1_000_003 + self.step) % 2**63)
-        rows = torch.randint(self._seen.shape[1], (course.batch,), generator=draw)
+        rows = self._team.share_equally(self._curriculum.rows_of(self.step))
         weight = self._seen[:, rows].float()
         loss = (self._errors(self._model, rows) * weight).sum(1) / weight.sum(1).clamp_min(1)
         self._optimizer.param_groups[0]["lr"] = course.rate_at(self.step)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss.sum())  # members share no parameter, so the sum trains each on its own loss
+        for value in self._weights.values():
+            value.grad = torch.zeros_like(value) if value.grad is None else value.grad  # no row of this step reaches it
+        self._team.average([value.grad for value in self._weights.values() if value.grad is not None])
         if course.clip is not None:
             nn.utils.clip_grad_norm_(self._weights.values(), course.clip)
         self._optimizer.step()
@@ -159,11 +197,12 @@ class _Run:
         totals = torch.zeros(2, len(self._seen), dtype=torch.float64)
         counts = torch.zeros_like(totals)
         with torch.no_grad():
-            for rows in torch.split(torch.arange(self._seen.shape[1]), 8 * self._course.batch):
+            for rows in torch.split(self._team.share(self._curriculum.judged), self._curriculum.batch):
                 found = self._errors(self._judged, rows).double()
                 for kind, mask in enumerate((self._seen[:, rows], ~self._seen[:, rows])):
                     totals[kind] += (found * mask).sum(1)
                     counts[kind] += mask.sum(1)
+        self._team.add([totals, counts])
         means = [
             float((t[c > 0] / c[c > 0]).mean()) for t, c in zip(totals, counts, strict=True) if bool((c > 0).any())
         ]

@@ -193,7 +193,7 @@ def gather(
     skipped: dict[str, str] = {}
     labels = getattr(zoo, "labels", lambda name: None)
     total = len(zoo) if isinstance(zoo, Sized) else 0
-    for number, (name, family, open_task) in enumerate(_members(zoo), 1):
+    for number, (name, family, open_task) in enumerate(members(zoo), 1):
         if name in skipped or any(example.name == name for example in examples):
             raise OptionError(f"zoo: two networks are called {name!r}")
         try:
@@ -218,7 +218,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _members(zoo: Iterable[Any]) -> Iterator[tuple[str, str, Callable[[], Task]]]:
+def members(zoo: Iterable[Any]) -> Iterator[tuple[str, str, Callable[[], Task]]]:
     """Name, family and what gives the task of each network."""
     for number, member in enumerate(zoo):
         if isinstance(member, Task):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,16 +20,21 @@ from metaprune.metanet.describe import Encoder
 from metaprune.metanet.encoder_training import GraphCourse, fitted
 from metaprune.metanet.ensembles import Course
 from metaprune.metanet.examples import DATA, SIGHTS, WEIGHTS, Example, Making, Measure, gather
+from metaprune.metanet.examples import members as zoo_members
 from metaprune.metanet.graph_head import LOSSES
 from metaprune.metanet.heads import Allocations, Regressor, Surrogate, curve, logarithm, overall_features, parts_of
 from metaprune.metanet.labels import measure as measured_labels
 from metaprune.metanet.predictor import ABLATION, CURVES, JOINT, Curves, Predictor, logarithms, losses
 from metaprune.metanet.pruner import MetaPruner
+from metaprune.metanet.rewrite_training import RewriteCourse, Source, trained_head
+from metaprune.metanet.team import Team
 from metaprune.metanet.weight_graph import WeightGraph
 from metaprune.statistics import SAMPLES
+from metaprune.task import Task
 from metaprune.training import Progress
 
 HEADS = (CURVES, JOINT)
+REWRITE = "rewrite"
 GRAPH = "graph"
 GRAPH_SIGHTS = (WEIGHTS,)
 """Where graph heads are used. On 24 networks of 13 families they added nothing to features of data."""
@@ -48,6 +53,7 @@ def fit(
     encoder: Encoder | Literal["graph"] | None = None,
     states: int = 0,
     graph: GraphCourse | None = None,
+    rewriting: RewriteCourse | None = None,
     measure: Measure | None = None,
     progress: Progress | None = None,
 ) -> MetaPruner:
@@ -58,11 +64,16 @@ def fit(
     that was made on them too. The surrogate learns from curves that were predicted by heads that had not seen the
     network's family, as it will have to use such curves.
 
+    Processes that `torchrun` started, joined in torch's default process group, share the work of the head `"rewrite"`;
+    all of them call this alike, with a folder that all of them see, and get the same pruner.
+
     Args:
         zoo: Tasks, or objects with `name`, `family` and `task`. Labels are taken from the zoo's `labels(name)` where it
             has that and it returns some, else they are measured.
         heads: `"curves"`: losses of cutting single groups, plain and compensated, and of silencing single units;
-            `"joint"`: loss of a whole allocation after least squares.
+            `"joint"`: loss of a whole allocation after least squares; `"rewrite"`: weights that make up for units that
+            go, where there are no data, see `metaprune.metanet.rewrite_training`. That one goes through the zoo a
+            second time.
         out: Folder in which features, labels and checkpoints are kept. A fit that was killed, called again with the
             same arguments, goes on and gives what it would have given, to the bit.
         seed: Of every random choice.
@@ -74,6 +85,7 @@ def fit(
             states of the units, shape [size, states] by group, as features.
         states: Width of what such a function gives.
         graph: How graph heads are built and trained.
+        rewriting: How the head `"rewrite"` is built and trained.
         measure: Function of a graph and data that labels a network; by default `metaprune.metanet.labels.measure`.
         progress: Called after each network with the number done and that of all, 0 where it is not known.
 
@@ -88,7 +100,13 @@ def fit(
     if graph is not None and not wired:
         raise OptionError(f"graph: it is for encoder={GRAPH!r} alone")
     chosen = _checked(heads, seed, samples, members, function, states)
-    folder = None if out is None else Path(out)
+    if rewriting is not None and REWRITE not in chosen:
+        raise OptionError(f"rewriting: it is for the head {REWRITE!r} alone")
+    if REWRITE in chosen and isinstance(zoo, Iterator):
+        raise OptionError("zoo: it is gone through twice; give a list or a zoo, not an iterator")
+    folder, team = None if out is None else Path(out), Team.here()
+    if team.size > 1 and folder is None:
+        raise OptionError("out: processes that fit together need a folder that all of them see")
     measure = measure or partial(measured_labels, seed=seed)
     making = Making(measure, seed, samples, function, states)
     networks: dict[str, WeightGraph] = {}
@@ -96,18 +114,24 @@ def fit(
     def keep(name: str, network: Graph) -> None:
         networks[name] = WeightGraph.of(network)
 
-    stored = None if folder is None else folder / "examples"
-    examples, skipped = gather(zoo, making, stored, progress, keep if wired else None)
-    setting = Setting(tuple(examples), folds(examples), members, course or Course(), seed, folder)
-    predictors, validation, graphs = {}, {}, {}
-    for sight in SIGHTS:
-        own, about = setting, {}
-        if wired and sight in GRAPH_SIGHTS:
-            graphs[sight], read, trained = fitted(setting, sight, networks, graph or GraphCourse())
-            own = replace(setting, examples=read)
-            about = {GRAPH: {**trained, **_by_graphs(own, sight)}}
-        predictors[sight], found = _fitted(own, sight, JOINT in chosen and sight == DATA)
-        validation[sight] = {**found, **about}
+    with team.leader_first():
+        stored = None if folder is None else folder / "examples"
+        examples, skipped = gather(zoo, making, stored, progress, keep if wired else None)
+        setting = Setting(tuple(examples), folds(examples), members, course or Course(), seed, folder)
+        predictors, validation, graphs = {}, {}, {}
+        for sight in SIGHTS:
+            own, about = setting, {}
+            if wired and sight in GRAPH_SIGHTS:
+                graphs[sight], read, trained = fitted(setting, sight, networks, graph or GraphCourse())
+                own = replace(setting, examples=read)
+                about = {GRAPH: {**trained, **_by_graphs(own, sight)}}
+            predictors[sight], found = _fitted(own, sight, JOINT in chosen and sight == DATA)
+            validation[sight] = {**found, **about}
+    rewriter, about_rewriting = None, None
+    if REWRITE in chosen:
+        sources = _sources(zoo, [example.name for example in examples])
+        out_of_it = None if folder is None else folder / REWRITE
+        rewriter, about_rewriting = trained_head(sources, rewriting or RewriteCourse(), seed, out_of_it, team)
     card = {
         "heads": list(chosen),
         "zoo": {"networks": [[e.name, e.family] for e in examples], "digest": setting.digest, "skipped": skipped},
@@ -118,7 +142,24 @@ def fit(
         "states": states,
         "course": asdict(setting.course),
     }
-    return MetaPruner(predictors, card, function, graphs)
+    if about_rewriting is not None:
+        card[REWRITE] = about_rewriting
+    return MetaPruner(predictors, card, function, graphs, rewriter)
+
+
+def _sources(zoo: Iterable[Any], names: Sequence[str]) -> list[Source]:
+    """The networks by name; one that the zoo can open by name is not held in the meantime."""
+    by_name = getattr(zoo, "member", None)
+    return [
+        Source(name, family, opened if by_name is None else partial(_task_of, by_name, name))
+        for name, family, opened in zoo_members(zoo)
+        if name in names
+    ]
+
+
+def _task_of(member: Callable[[str], Any], name: str) -> Task:
+    found: Task = member(name).task
+    return found
 
 
 def _by_graphs(setting: Setting, sight: str) -> dict[str, Any]:
@@ -140,8 +181,8 @@ def _checked(
 ) -> tuple[str, ...]:
     chosen = (heads,) if isinstance(heads, str) else tuple(heads)
     for head in chosen:
-        if head not in HEADS:
-            raise OptionError(f"heads: {head!r} is none of {', '.join(HEADS)}")
+        if head not in (*HEADS, REWRITE):
+            raise OptionError(f"heads: {head!r} is none of {', '.join((*HEADS, REWRITE))}")
     if CURVES not in chosen:
         raise OptionError(f"heads: {CURVES!r} is needed, as all others build on it")
     check_seed(seed)

@@ -156,7 +156,7 @@ def measure(graph: Graph, data: Any, *, plans: int = 40, seed: int = 0) -> Label
     compensated = tabulate(graph, last_first, leaves, MEASURED, LEVELS, (LOGITS,), layers, seed)
     values = [scores.units[name] for name in names]
     problem = Problem(graph.coupling.costs, free, values, Budget.parse("macs=1.0"), step, least, seed)
-    kept = _allocations(problem, plans, seed)
+    kept = random_allocations(problem, plans, seed)
     bench = Bench(graph, leaves_of(graph, fitting, len(fitting), seed), leaves, seed)
     return Labels(
         {name: len(last_first[name]) for name in names},
@@ -180,11 +180,19 @@ def _ablation(graph: Graph, names: Sequence[str], leaves: Sequence[Leaves]) -> d
     return dict(zip(names, torch.split(found, [len(ones[name]) for name in names]), strict=True))
 
 
-def _allocations(problem: Problem, plans: int, seed: int) -> Kept:
-    """Random allocations, shape [plans, groups], of a problem whose budget is the whole network."""
+def random_allocations(problem: Problem, plans: int, seed: int, least: float = LEAST, most: float = MOST) -> Kept:
+    """Random allocations, shape [plans, groups]; see `measure`.
+
+    Args:
+        problem: The problem, of a budget that is the whole network.
+        plans: How many.
+        seed: Of them.
+        least: Least kept multiply-adds, where the network can be cut that far.
+        most: Most.
+    """
     source = np.random.default_rng(seed)
-    lowest = min(1.0, max(LEAST, problem.excess(problem.minimum)))
-    highest = max(MOST, lowest**0.5)
+    lowest = min(1.0, max(least, problem.excess(problem.minimum)))
+    highest = max(most, lowest**0.5)
     found = np.empty((plans, len(problem.free)), dtype=np.int64)
     for number in range(plans):
         fraction = float(np.exp(source.uniform(np.log(lowest), np.log(highest))))

@@ -163,6 +163,7 @@ class Incidence:
         sizes: Number of positions of each side.
         position: Position of each entry, shape [entries].
         unit: Unit of each entry, shape [entries].
+        weights: What states are multiplied by at each entry on their way to positions and back, shape [entries] each.
     """
 
     def __init__(self, sides: Sequence[Side], units: int) -> None:
@@ -181,8 +182,8 @@ class Incidence:
         pair = torch.cat([torch.empty(0, dtype=torch.long), *which]) * units + self.unit  # side and unit as one number
         distinct, place, standing = np.unique(pair.numpy(), return_inverse=True, return_counts=True)
         on_sides = np.bincount(distinct % max(1, units), minlength=units)
-        self._gather = owners[self.position].rsqrt()
-        self._scatter = torch.from_numpy(1.0 / (standing[place] * np.sqrt(on_sides[self.unit.numpy()])))
+        back = torch.from_numpy(1.0 / (standing[place] * np.sqrt(on_sides[self.unit.numpy()])))
+        self.weights = owners[self.position].rsqrt(), back
 
     def spread(self, states: Tensor) -> Tensor:
         """States of the positions: the sum of their owners' states over the root of their number.
@@ -193,7 +194,7 @@ class Incidence:
         Returns:
             Shape [positions, width]; zero where nobody owns a position.
         """
-        position, unit, weight = (t.to(states.device) for t in (self.position, self.unit, self._gather))
+        position, unit, weight = (t.to(states.device) for t in (self.position, self.unit, self.weights[0]))
         entries = states[unit] * weight.to(states.dtype)[:, None]
         return states.new_zeros(self.positions, states.shape[1]).index_add(0, position, entries)
 
@@ -206,7 +207,7 @@ class Incidence:
         Returns:
             Shape [units, width].
         """
-        position, unit, weight = (t.to(messages.device) for t in (self.position, self.unit, self._scatter))
+        position, unit, weight = (t.to(messages.device) for t in (self.position, self.unit, self.weights[1]))
         entries = messages[position] * weight.to(messages.dtype)[:, None]
         return messages.new_zeros(self.units, messages.shape[1]).index_add(0, unit, entries)
 

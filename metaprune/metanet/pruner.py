@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 import metaprune
-from metaprune.api import Pruned, carried_out, trace
+from metaprune.api import Pruned, apply, carried_out, rewritten, trace
 from metaprune.calibration import repeatable
+from metaprune.dataless import drawable, refit_without_data
 from metaprune.graphs.errors import LoadError, OptionError
 from metaprune.graphs.files import write_atomically
 from metaprune.graphs.ir import Graph
@@ -31,6 +32,7 @@ from metaprune.metanet.encoded import CLOSED, Encoded, scored
 from metaprune.metanet.examples import DATA, WEIGHTS
 from metaprune.metanet.graph_head import GraphHead, Subject
 from metaprune.metanet.predictor import Predictor
+from metaprune.metanet.rewrite_head import COMPENSATION, FEATURES, SPARSITY, RewriteHead
 from metaprune.metanet.schema import Schema
 from metaprune.metanet.weight_graph import WeightGraph
 from metaprune.planning import Posed, pose
@@ -40,7 +42,7 @@ from metaprune.search.refinement import ROUNDS
 
 SCHEMA = 1
 CHECKPOINTS = "metaprune.checkpoints"
-_GRAPH = "graph."
+_GRAPH, _REWRITER = "graph.", "rewriter."
 _LARGEST, _LEAST = 0.9, 0.05  # kept multiply-adds at the ends of a front unless told otherwise
 
 
@@ -52,6 +54,7 @@ class MetaPruner:
         card: What they were fitted on, and how well they predict families held out.
         encoder: Of further unit states, where the heads were fitted with one.
         graphs: By what the heads look at the graph head whose predictions are among their features, where there is one.
+        rewriter: Rewrites weights where there are no data, if it was fitted.
         guard: How often the closed form's plan was kept and how often a predicted one, of those that were compared.
     """
 
@@ -61,6 +64,7 @@ class MetaPruner:
         card: Mapping[str, Any],
         encoder: Encoder | None = None,
         graphs: Mapping[str, GraphHead] | None = None,
+        rewriter: RewriteHead | None = None,
     ) -> None:
         if bool(card.get("states")) != (encoder is not None):
             raise OptionError("encoder: the heads were fitted " + ("without one" if encoder else "with one"))
@@ -68,6 +72,7 @@ class MetaPruner:
         self.card = dict(card)
         self.encoder = encoder
         self.graphs = dict(graphs or {})
+        self.rewriter = rewriter
         self.guard: Counter[str] = Counter()
 
     def encode(self, model: Any, inputs: Any = None, data: Any = None, seed: int = 0) -> Encoded:
@@ -150,11 +155,21 @@ class MetaPruner:
         certify: bool = True,
         latency: LatencyTable | None = None,
         refine: int = ROUNDS,
+        rewrite: bool | None = None,
     ) -> Pruned:
-        """Encodes, plans, cuts and certifies; with data the weights of what remains are fitted by least squares.
+        """Encodes, plans, cuts and certifies, and makes up for what is cut.
+
+        With data the weights of what remains are fitted by least squares. Without, the network is rewritten for the
+        plan before it is cut: by `metaprune.refit_without_data`, and on top of it by the head `"rewrite"` where the
+        pruner was fitted with one. The certificate is of the rewritten network, and the plan's provenance has the
+        digest of its weights.
 
         Args, beyond those of `encode`, `plan` and `metaprune.prune`: model: What `encode` returned is accepted too, so
-            that one pass serves many budgets; its data and seed count then.
+            that one pass serves many budgets; its data and seed count then. rewrite: Whether weights are rewritten, and
+            not fitted; by default where there are no data, and inputs that can be drawn.
+
+        Raises:
+            OptionError: Rewriting is asked for, and the network's inputs can not be drawn.
         """
         encoded = model if isinstance(model, Encoded) else self.encode(model, inputs, data, seed)
 
@@ -162,7 +177,35 @@ class MetaPruner:
             return self.plan(encoded, budget, round_to, whole, only, kinds, latency, refine)
 
         pruned = carried_out(encoded.graph, planned, protect, certify)
+        if rewrite is None:
+            rewrite = encoded.data is None and drawable(encoded.graph)
+        if rewrite:
+            return self._rewritten(encoded, pruned)
         return pruned if encoded.data is None else reconstruct(pruned, encoded.data, seed=encoded.seed)
+
+    def rewrite(self, model: Any, inputs: Any = None) -> nn.Module:
+        """Rewrites a whole network so that it can be pruned at little loss; to be trained on and pruned as usual.
+
+        Args:
+            model: The network; it is not changed.
+            inputs: As for `metaprune.trace`.
+
+        Raises:
+            OptionError: The pruner was not fitted with the head `"rewrite"` for the objective `"group_sparsity"`.
+        """
+        if self.rewriter is None or not self._rewrites_for(SPARSITY):
+            raise OptionError(f"rewrite: this pruner was fitted without the head 'rewrite' for {SPARSITY!r}")
+        graph = model if isinstance(model, Graph) else trace(model, inputs)
+        whole = Plan({}, graph.fingerprint)
+        return apply(graph.with_values(self.rewriter.rewritten(graph, whole)), whole).module
+
+    def _rewrites_for(self, objective: str) -> bool:
+        return self.rewriter is not None and self.rewriter.config["objective"] == objective
+
+    def _rewritten(self, encoded: Encoded, pruned: Pruned) -> Pruned:
+        """The same cut of the network with weights that make up for it."""
+        make_up = self.rewriter.rewritten if self._rewrites_for(COMPENSATION) and self.rewriter else refit_without_data
+        return rewritten(pruned, make_up(encoded.graph, pruned.plan, seed=encoded.seed), encoded.seed)
 
     def front(
         self,
@@ -215,10 +258,16 @@ class MetaPruner:
         }
         for sight, head in self.graphs.items():
             tensors |= {f"{_GRAPH}{sight}.{name}": value.contiguous() for name, value in head.state_dict().items()}
+        rewriter = None
+        if self.rewriter is not None:
+            tensors |= {f"{_REWRITER}{name}": v.contiguous() for name, v in self.rewriter.state_dict().items()}
+            rewriter = {"features": FEATURES, "config": self.rewriter.config}
         graphs = {sight: head.config for sight, head in self.graphs.items()}
         schemas = {sight: predictor.schema.digest for sight, predictor in self.predictors.items()}
         versions = {"metaprune": metaprune.__version__, "torch": torch.__version__}
         card = {"schema": SCHEMA, "features": schemas, "graphs": graphs, "versions": versions, **self.card}
+        if rewriter is not None:
+            card["rewriter"] = rewriter
         write_atomically(Path(path), save_tensors(tensors, {"card": json.dumps(card)}))
         if card_path is not None:
             write_atomically(Path(card_path), (json.dumps(card, indent=1) + "\n").encode())
@@ -244,6 +293,8 @@ class MetaPruner:
                 raise LoadError(f"{path}: schema {SCHEMA} is needed")
             features, states = dict(card.pop("features")), int(card["states"])
             configs = dict(card.pop("graphs", {}))
+            about = card.pop("rewriter", None)
+            rewriter = about and RewriteHead.of(about["features"], about["config"], _under(_REWRITER, tensors))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise LoadError(f"{path}: no checkpoint of a pruner: {' '.join(str(error).split())}") from None
         predictors, graphs = {}, {}
@@ -255,7 +306,7 @@ class MetaPruner:
             if schema.digest != digest:
                 raise LoadError(f"{path}: fitted on other features than this version of metaprune computes; fit again")
             predictors[sight] = Predictor.of(schema, _under(f"{sight}.", tensors))
-        return MetaPruner(predictors, card, encoder, graphs)
+        return MetaPruner(predictors, card, encoder, graphs, rewriter)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ class Rewriter(nn.Module):
 
     and an entry v of a vector of root mean square r, at a position with state x, becomes
 
-        v (1 + c tanh(a.x)) + c r tanh(b.x),
+        v (1 + d tanh(a.x)) + d r tanh(b.x),
 
     where a, b and P depend on nothing else and are zero at first. Buffers, such as running statistics, are not changed.
 
@@ -37,13 +37,23 @@ class Rewriter(nn.Module):
         ratio: The bound c, in parts of a weight or of its tensor's root mean square.
         layers: Rounds of messages.
         seed: Of the initial weights; the caller's random state is left alone.
+        vector_ratio: The bound d; the same as `ratio` unless told otherwise.
     """
 
-    def __init__(self, hidden: int, rank: int = 4, ratio: float = 0.1, layers: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        rank: int = 4,
+        ratio: float = 0.1,
+        layers: int = 1,
+        seed: int = 0,
+        vector_ratio: float | None = None,
+    ) -> None:
         super().__init__()
-        if hidden < 1 or rank < 1 or layers < 0 or not ratio > 0:
-            raise OptionError("rewriter: hidden, rank and ratio must be positive, layers at least 0")
         self.rank, self.ratio = rank, ratio
+        self.vector_ratio = ratio if vector_ratio is None else vector_ratio
+        if hidden < 1 or rank < 1 or layers < 0 or not (ratio > 0 and self.vector_ratio > 0):
+            raise OptionError("rewriter: hidden, rank and ratios must be positive, layers at least 0")
         with torch.random.fork_rng([]):
             torch.default_generator.manual_seed(seed)
             self.of_kept, self.of_tensor = nn.Linear(1, hidden), nn.Linear(len(TENSOR), hidden)
@@ -55,7 +65,11 @@ class Rewriter(nn.Module):
         nn.init.zeros_(self.at_input.bias[:1])
 
     def forward(
-        self, weight_graph: WeightGraph, states: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None
+        self,
+        weight_graph: WeightGraph,
+        states: Mapping[str, Tensor],
+        kept: Mapping[str, Tensor] | None = None,
+        start: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """New parameters, for `graph.run` or `Graph.with_values`; gradients flow to the states and to this module.
 
@@ -63,12 +77,13 @@ class Rewriter(nn.Module):
             weight_graph: The network.
             states: States of the units of every group, shape [size, hidden].
             kept: For some groups whether each unit stays, shape [size]; the others stay whole.
+            start: Tensors that are rewritten instead of the network's own, by name; messages go by the network's own.
 
         Returns:
-            The parameters that have units, by name, in their own shapes and dtypes.
+            The parameters that have units and the tensors of `start`, by name, in their own shapes and dtypes.
 
         Raises:
-            OptionError: The states are not those of this network, or `kept` does not fit it.
+            OptionError: The states are not those of this network, or `kept` or `start` does not fit it.
         """
         layout, encoding = weight_graph.layout, weight_graph.encoding
         if [(name, len(state)) for name, state in states.items()] != [(u.name, u.size) for u in weight_graph.units]:
@@ -83,17 +98,19 @@ class Rewriter(nn.Module):
         outputs = torch.split(self.at_output(layout.outputs.spread(x)), layout.outputs.sizes)
         inputs = torch.split(self.at_input(layout.inputs.spread(x)), layout.inputs.sizes)
         lines = torch.split(self.at_line(layout.lines.spread(x)), layout.lines.sizes)
+        values = weight_graph.with_tensors(start or {}).values
         blocks = {
-            part.name: self._block(weight_graph.values[part.name], *sides)
+            part.name: self._block(values[part.name], *sides)
             for part, sides in zip(layout.blocks, zip(outputs, inputs, strict=True), strict=True)
             if _learned(weight_graph, part)
         }
         vectors = {
-            part.name: self._vector(weight_graph.values[part.name], line)
+            part.name: self._vector(values[part.name], line)
             for part, line in zip(layout.vectors, lines, strict=True)
             if _learned(weight_graph, part)
         }
-        return {name: layout.parts[name].restore(value) for name, value in {**blocks, **vectors}.items()}
+        found = {name: layout.parts[name].restore(value) for name, value in {**blocks, **vectors}.items()}
+        return {**(start or {}), **found}
 
     def _block(self, value: Tensor, output: Tensor, into: Tensor) -> Tensor:
         """A block [C_out, C_in, K] rewritten by what its outputs and inputs say, [C_out, 1 + rank] and alike."""
@@ -104,7 +121,7 @@ class Rewriter(nn.Module):
     def _vector(self, value: Tensor, line: Tensor) -> Tensor:
         """A vector [C, K] rewritten by what its positions say, [C, 2]."""
         factor, added = torch.tanh(line).chunk(2, 1)
-        return _changed(value, self.ratio * factor, self.ratio * added)
+        return _changed(value, self.vector_ratio * factor, self.vector_ratio * added)
 
 
 def _changed(value: Tensor, factor: Tensor, added: Tensor) -> Tensor:
