@@ -87,7 +87,7 @@ class Trial:
 
     def __init__(self, bench: Bench, keep: Keep, repair: str = "least_squares", samples: int | None = None) -> None:
         self.bench = bench
-        self._keep = keep
+        self.keep = keep
         self._repair = repair
         self._leaves = bench.repairing[:samples]
         self._passes = 0
@@ -96,7 +96,7 @@ class Trial:
     @cached_property
     def graph(self) -> Graph:
         """The cut graph."""
-        return cut(self.bench.graph, self._keep).graph
+        return cut(self.bench.graph, self.keep).graph
 
     @cached_property
     def cost(self) -> Cost:
@@ -116,7 +116,7 @@ class Trial:
             return self.graph.values
         bench = self.bench
         fit = Fit(
-            bench.graph, self.graph, self.graph.values, self._keep, self._leaves, seed=bench.seed, effort=bench.effort
+            bench.graph, self.graph, self.graph.values, self.keep, self._leaves, seed=bench.seed, effort=bench.effort
         )
         fit.run()
         self.passed(fit.samples)
