@@ -20,6 +20,7 @@ from metaprune.graphs.portable import PortableModule
 from metaprune.graphs.trace import trace
 from metaprune.latency import LatencyTable
 from metaprune.objectives import Objectives, named_objective
+from metaprune.parts import Sections
 from metaprune.planning import may_shrink, patterns
 from metaprune.ranking import default_criterion, unit_scores
 from metaprune.search import backends
@@ -73,7 +74,8 @@ def explore(
             the best at every cost; what is left goes into neighbours of the front. `"spdy"` also corrects, at
             several costs, how much each group counts. Neither has a random choice; both look at the first objective
             that is no cost, and pay where each group gets several evaluations. `"nsga2"` breeds networks from the
-            best so far, beginning with `init` and with networks whose groups all keep about the same share.
+            best so far, beginning with `init` and with networks whose groups all keep about the same share. `"emo"`
+            does so in every part of the network, on the dense network's features, and joins the parts' fronts.
         objectives: What is to be small, the first being what a point is chosen for: `"error"` (1 - the task's metric
             on `val`), `"distortion"` (of the outputs, without labels), the kept fractions `"macs"`, `"params"`,
             `"bytes"` and `"memory"` (bytes of activations alive at once), and `"latency_ms"`. By default
@@ -171,8 +173,9 @@ def explore(
             after,
             provenance,
             judge.forwards,
-            measure_all=pool,
-            dense=judge.dense,
+            Sections(space, judge.bench),
+            pool,
+            judge.dense,
         )
         front = run(space, evaluator, goal, seed, start)
         if not front.points:

@@ -24,7 +24,7 @@ from metaprune.task import Task
 from metaprune.training import seeded
 from metaprune.trials import Bench, Keep, Trial
 
-_FAULTS = (MetapruneError, RuntimeError, ArithmeticError, ValueError, LookupError)
+FAULTS = (MetapruneError, RuntimeError, ArithmeticError, ValueError, LookupError)
 """What a network that can not be judged may raise, in its operators, in the repair or in a task's own metric."""
 
 
@@ -103,7 +103,7 @@ class Objectives:
                 values = tuple(float(OBJECTIVES[name].value(self, trial)) for name in self.names)
         except (OptionError, torch.OutOfMemoryError):  # not the fault of this network
             raise
-        except _FAULTS as error:
+        except FAULTS as error:
             return Result(None, trial.forwards, " ".join(str(error).split()))
         return Result(values, trial.forwards)
 

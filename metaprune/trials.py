@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metaprune.calibration import Leaves, batch_size, joined, outputs_in
-from metaprune.distances import distortion
+from metaprune.distances import distortion, relative_error
 from metaprune.graphs.cost import Cost, counted
 from metaprune.graphs.errors import MetapruneError
 from metaprune.graphs.execute import execute
@@ -125,11 +125,19 @@ class Trial:
 
     def distortion(self) -> float:
         """Mean of `metaprune.distances.distortion` over the samples that judge."""
+        apart = [distortion(mine, theirs) for mine, theirs in zip(self._outputs(), self.bench.wanted, strict=True)]
+        return float(torch.cat(apart).mean())
+
+    def feature_error(self) -> float:
+        """Mean of `metaprune.distances.relative_error` over the batches that judge, whatever the output means."""
+        apart = [relative_error(mine, theirs) for mine, theirs in zip(self._outputs(), self.bench.wanted, strict=True)]
+        return float(torch.cat(apart).mean())
+
+    def _outputs(self) -> list[list[Tensor]]:
+        """Outputs for each of the batches that judge."""
         values = self.values
         self.passed(len(self.bench.judging))
-        found = [outputs_in(execute(self.graph, values, batch)) for batch in self.bench.batches]
-        apart = [distortion(mine, theirs) for mine, theirs in zip(found, self.bench.wanted, strict=True)]
-        return float(torch.cat(apart).mean())
+        return [outputs_in(execute(self.graph, values, batch)) for batch in self.bench.batches]
 
     def passed(self, samples: int) -> None:
         """Counts that many samples through the cut network."""

@@ -37,6 +37,10 @@ class Division(Protocol):
     def parts(self) -> Sequence[Part]:
         """From the input to the output."""
 
+    @property
+    def forwards(self) -> float:
+        """What looking at parts costs once, as forward passes of one sample through the dense network."""
+
     def measure(self, number: int, config: NDArray[np.int64], fidelity: Fidelity) -> Result:
         """One value: how far a part's output is from the dense part's, on the inputs that the dense network gives it.
 

@@ -172,6 +172,8 @@ class Evaluator:
         new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._parts}
         if self.spent + len(new) * part.share > self._allowed + _ROUNDING:
             raise OptionError(f"evaluations: {len(new)} of a part are asked for, {self.left} whole ones are left")
+        if not self._parts:
+            self.forwards += division.forwards
         results = self._results(
             list(new), list(new.values()), lambda some: (division.measure(number, row, self.fidelity) for row in some)
         )
@@ -192,6 +194,13 @@ class Evaluator:
     def known(self, config: ArrayLike, fidelity: Fidelity | None = None) -> bool:
         """Whether a configuration, shape [variables], was evaluated in this run, so that it costs nothing."""
         return f"{self.space.key(config)} {fidelity or self.fidelity}" in self._seen
+
+    def archive(self) -> tuple[Configs, NDArray[np.float64]]:
+        """All configurations that were evaluated in this run at the evaluator's own fidelity, and their objectives."""
+        own = [made for made in self._seen.values() if made.fidelity == self.fidelity]
+        missing = (math.inf,) * len(self.objectives)
+        values = np.array([made.result.values or missing for made in own], dtype=float)
+        return self.space.checked([made.config for made in own]), values.reshape(-1, len(self.objectives))
 
     def fresh(self, configs: Configs) -> Configs:
         """Those of some configurations that were not evaluated yet, each once, as many as may be evaluated."""

@@ -31,14 +31,13 @@ def run(space: SearchSpace, evaluate: Evaluator, budget: Budget | None, seed: in
 
 
 def evolve(space: SearchSpace, evaluate: Evaluator, budget: Budget | None, seed: int, init: Configs) -> None:
-    """NSGA-II until no evaluation is left or nothing new comes up. What is known of `init` is not evaluated again."""
+    """NSGA-II, from all that was evaluated already, until no evaluation is left or nothing new comes up."""
     engine = Evolution(
         space.levels, costs_known(space, evaluate.objectives), seed, init, lambda rows: space.repair(rows, budget)
     )
-    known = [row for row in init if evaluate.known(row)]
-    if known:
-        rows = np.stack(known)
-        engine.tell(rows, evaluate(rows))
+    rows, values = evaluate.archive()
+    if len(rows):
+        engine.tell(rows, values)
     while evaluate.left:
         rows = engine.ask(evaluate.left)
         if not len(rows):
