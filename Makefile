@@ -12,7 +12,7 @@ EXTRAS := dev,onnx,demo
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: demo test lint bench-coverage bench-scaling bench-accuracy bench-closed-form bench-latency bench-metanet nightly clean
+.PHONY: demo test lint bench-coverage bench-scaling bench-accuracy bench-closed-form bench-latency bench-metanet bench-pareto nightly clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -56,6 +56,9 @@ bench-metanet: $(STAMP)
 	$(BIN)/metaprune zoo build --out runs/zoo-digits --networks 26 --data digits --seed 1
 	$(BIN)/python benchmarks/metanet.py --zoo runs/zoo --other runs/zoo-digits
 	$(BIN)/python benchmarks/metanet.py --zoo runs/zoo --other runs/zoo-digits --table
+
+bench-pareto: $(STAMP)
+	$(BIN)/python benchmarks/pareto.py
 
 # Apart from .venv: torchvision works only beside the torch build it was made for, so both come in one request.
 $(BENCH)/.installed: pyproject.toml

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from metaprune.graphs import structure
 from metaprune.graphs.errors import OptionError
@@ -57,7 +58,7 @@ def narrow_cuts(graph: Graph) -> list[str]:
     return found
 
 
-def places(graph: Graph, cuts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def places(graph: Graph, cuts: Sequence[str]) -> NDArray[np.int64]:
     """The first and the last part in which each group plays a role, shape [groups, 2]; -1 where it plays none."""
     part, fed = _parts(graph, cuts), _fed(graph)
     found = np.full((len(graph.groups), 2), -1, dtype=np.int64)

@@ -80,7 +80,7 @@ def explore(
             on `val`), `"distortion"` (of the outputs, without labels), the kept fractions `"macs"`, `"params"`,
             `"bytes"` and `"memory"` (bytes of activations alive at once), and `"latency_ms"`. By default
             `("error", "macs")` for a task, else `("distortion", "macs")`.
-        evaluations: Networks that may be judged.
+        evaluations: Networks that may be judged; a part of one counts by its share of the multiply-adds.
         budget: What all of them are within, such as `"macs=0.5"`; by default nothing is asked for.
         out: Folder of the search: `ledger.jsonl` (every evaluation, on the disk as soon as it is made), `space.json`
             and, at the end, `front.json`. A search that was killed, called again with the same arguments, goes on and
@@ -101,7 +101,8 @@ def explore(
         latency: Table of timed operators, for `"latency_ms"`. Operators that it lacks are timed, and times differ from
             run to run; those of evaluations in `out` do not change any more.
         workers: Processes that judge networks at the same time, each on one thread: as many as are judged between two
-            decisions of a back end can be shared out. The front is that of one process on one thread.
+            decisions of a back end can be shared out, but for parts of networks. The front is that of one process on
+            one thread.
         progress: Called after each evaluation with the evaluations spent and those allowed.
         watch: Called after each evaluation with the front so far, and the same two numbers.
 

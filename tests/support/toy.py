@@ -24,8 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaprune.graphs.polynomial import Monomials
+from metaprune.search.backends import find
 from metaprune.search.division import Part
 from metaprune.search.evaluate import Evaluator, Fidelity
+from metaprune.search.front import Front
 from metaprune.search.ledger import Ledger, Result
 from metaprune.search.space import SearchSpace
 from metaprune.search.variables import Width
@@ -97,6 +99,11 @@ class Toy:
     def evaluator(self, evaluations: int, ledger: Ledger | None = None, parts: int = 0) -> Evaluator:
         division = ToyDivision(self, parts) if parts else None
         return Evaluator(self.space, ("error", "macs"), self.measure, evaluations, ledger=ledger, division=division)
+
+    def search(self, backend: str, evaluations: int, seed: int = 0, init: Front | None = None, parts: int = 0) -> Front:
+        """The front that a back end finds, from that of another search if there is one."""
+        start = self.space.checked([point.config for point in init.points] if init is not None else [])
+        return find(backend)(self.space, self.evaluator(evaluations, parts=parts), None, seed, start)
 
     @cached_property
     def exact(self) -> NDArray[np.float64]:
