@@ -12,7 +12,8 @@ EXTRAS := dev,onnx,demo
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: demo test lint bench-coverage bench-scaling bench-accuracy bench-closed-form bench-latency bench-metanet bench-rewriting nightly clean
+.PHONY: demo test lint bench-coverage bench-scaling bench-accuracy bench-closed-form bench-latency bench-metanet \
+	bench-rewriting bench-pareto nightly clean
 .DEFAULT_GOAL := test
 
 $(STAMP): pyproject.toml
@@ -59,9 +60,12 @@ bench-metanet: $(STAMP)
 	$(BIN)/python benchmarks/metanet_sizes.py --zoo runs/zoo
 
 bench-rewriting: $(STAMP)
-	$(BIN)/metaprune zoo build --out runs/zoo --networks 72 --data fashion-mnist --processes 2
+	$(BIN)/metaprune zoo build --out runs/zoo --networks 120 --data fashion-mnist --processes 2
 	$(BIN)/python benchmarks/rewriting.py --zoo runs/zoo
 	$(BIN)/python benchmarks/rewriting.py --zoo runs/zoo --table
+
+bench-pareto: $(STAMP)
+	$(BIN)/python benchmarks/pareto.py
 
 # Apart from .venv: torchvision works only beside the torch build it was made for, so both come in one request.
 $(BENCH)/.installed: pyproject.toml

@@ -39,6 +39,10 @@ class BudgetInfeasible(MetapruneError):
         self.attainable = attainable
 
 
+class NothingFound(MetapruneError):
+    """A search in which no network could be judged."""
+
+
 class CertificateError(MetapruneError):
     """A pruned network is not equal to the masked original, so it is not returned."""
 

@@ -20,8 +20,20 @@ from rich.text import Text
 import metaprune as mp
 from metaprune import demo as demonstration
 from metaprune import targets
+from metaprune.cli_explore import explore
 from metaprune.cli_metanet import fit, zoo_app
-from metaprune.cli_shared import AsJson, Debug, Seed, errors_in_one_line, print_json, progress_bar
+from metaprune.cli_shared import (
+    AsJson,
+    Debug,
+    Kinds,
+    Only,
+    Protect,
+    RoundTo,
+    Seed,
+    errors_in_one_line,
+    network,
+    print_json,
+)
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.ir import Graph
 from metaprune.planning import JUDGED
@@ -37,12 +49,9 @@ app = typer.Typer(
 )
 app.add_typer(zoo_app, name="zoo")
 app.command()(fit)
+app.command()(explore)
 
 Target = Annotated[str, typer.Argument(help="MODULE:FUNCTION returning (model, inputs), or a folder written by save.")]
-Protect = Annotated[list[str] | None, typer.Option(help="Keep these groups or tensors whole (glob, repeatable).")]
-Only = Annotated[list[str] | None, typer.Option(help="Prune these groups or tensors only (glob, repeatable).")]
-Kinds = Annotated[str | None, typer.Option(help="Prune these kinds only, for instance heads,ffn.")]
-RoundTo = Annotated[int, typer.Option(min=1, help="Keep multiples of this many units.")]
 
 
 @app.command()
@@ -60,7 +69,7 @@ def demo(
 def inspect(target: Target, as_json: AsJson = False, debug: Debug = False) -> None:
     """List what can be removed from a network, what can not and why, and what the network costs."""
     with errors_in_one_line(debug):
-        graph = mp.trace(*_network(target))
+        graph = mp.trace(*network(target))
         groups = _groups(graph)
         if as_json:
             print_json({"cost": _cost(graph.cost()), "groups": groups, "notes": graph.notes})
@@ -118,7 +127,7 @@ def prune(
         }
         try:
             if pruner is None:
-                pruned = mp.prune(*_network(target), criterion=criterion, allocator=allocator, **options)
+                pruned = mp.prune(*network(target), criterion=criterion, allocator=allocator, **options)
             elif criterion or allocator:
                 raise OptionError("pruner: it ranks units and shares the budget itself: no criterion, no allocator")
             else:
@@ -131,54 +140,10 @@ def prune(
         _report(pruned, out, as_json)
 
 
-@app.command()
-def explore(
-    target: Annotated[
-        str, typer.Argument(help="MODULE:FUNCTION returning a Task; with --noise also what prune accepts.")
-    ],
-    out: Annotated[Path | None, typer.Option(help="Folder of the search, to go on from.", file_okay=False)] = None,
-    backend: Annotated[str, typer.Option(help="How networks are looked for.")] = "random",
-    objectives: Annotated[str | None, typer.Option(help="What is to be small, for instance error,macs.")] = None,
-    evaluations: Annotated[int, typer.Option(help="Networks that may be judged.")] = 100,
-    budget: Annotated[str | None, typer.Option(help="What all of them are within: macs=0.5, params=0.3, ...")] = None,
-    noise: Annotated[bool, typer.Option("--noise", help="Judge by the outputs for noise, without any data.")] = False,
-    protect: Protect = None,
-    only: Only = None,
-    kinds: Kinds = None,
-    round_to: RoundTo = 1,
-    seed: Seed = 0,
-    as_json: AsJson = False,
-    debug: Debug = False,
-) -> None:
-    """Search for the best trade-offs between what a pruned network is worth and what it costs."""
-    with errors_in_one_line(debug), progress_bar("evaluations") as bar:
-        front = mp.explore(
-            mp.trace(*_network(target)) if noise else targets.task(target),
-            backend=backend,
-            objectives=objectives.split(",") if objectives else None,
-            evaluations=evaluations,
-            budget=budget,
-            out=out,
-            seed=seed,
-            data="noise" if noise else None,
-            protect=protect or (),
-            only=only or (),
-            kinds=kinds.split(",") if kinds else None,
-            round_to=round_to,
-            progress=bar,
-        )
-    _report_front(front, out, as_json)
-
-
 def main() -> None:
     """Entry point of the console script; modules in the current directory can be named."""
     sys.path.insert(0, os.getcwd())
     app()
-
-
-def _network(target: str) -> tuple[Any, Any]:
-    """Model and example inputs of a target."""
-    return targets.saved(target) if Path(target).is_dir() else targets.build(target)
 
 
 def _network_and_data(target: str) -> tuple[Any, Any, Any]:
@@ -242,29 +207,6 @@ def _report(pruned: mp.Pruned, out: Path, as_json: bool) -> None:
     console.print(Text(certificate.summary() if certificate is not None else "not certified"))
     for note in pruned.notes:
         console.print(Text(f"note: {note}"))
-
-
-def _report_front(front: mp.Front, out: Path | None, as_json: bool) -> None:
-    rows = [dict(zip(front.objectives, point.objectives, strict=True)) for point in front.points]
-    if as_json:
-        print_json(
-            {
-                "out": None if out is None else str(out),
-                "evaluations": front.evaluations,
-                "forwards": front.forwards,
-                "hypervolume": front.hypervolume(),
-                "points": [
-                    {"objectives": row, "reached": dict(point.plan.reached)}
-                    for row, point in zip(rows, front.points, strict=True)
-                ],
-            }
-        )
-        return
-    where = "" if out is None else f", saved to {out}"
-    table = Table(*front.objectives, title=f"{len(front)} points of {front.evaluations} evaluations{where}")
-    for row in rows:
-        table.add_row(*(f"{value:.4g}" for value in row.values()))
-    Console().print(table)
 
 
 def _cost(cost: Any) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What the commands share: options, errors in one line, a progress bar, JSON."""
+"""What the commands share: options, targets, errors in one line, a progress bar, JSON."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
+from metaprune import targets
 from metaprune.graphs.errors import MetapruneError
 from metaprune.training import Progress as Report
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
 Seed = Annotated[int, typer.Option(help="Of every random choice.")]
+RoundTo = Annotated[int, typer.Option(min=1, help="Keep multiples of this many units.")]
+Kinds = Annotated[str | None, typer.Option(help="Prune these kinds only, for instance heads,ffn.")]
+Only = Annotated[list[str] | None, typer.Option(help="Prune these groups or tensors only (glob, repeatable).")]
+Protect = Annotated[list[str] | None, typer.Option(help="Keep these groups or tensors whole (glob, repeatable).")]
 
 
 @contextlib.contextmanager
@@ -41,6 +47,11 @@ def progress_bar(steps: str) -> Iterator[Report]:
     with Progress(console=console, transient=True, disable=not console.is_interactive) as bar:
         row = bar.add_task(steps, total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total or None)
+
+
+def network(target: str) -> tuple[Any, Any]:
+    """Model and example inputs of a target."""
+    return targets.saved(target) if Path(target).is_dir() else targets.build(target)
 
 
 def print_json(value: object) -> None:

@@ -29,6 +29,11 @@ def distortion(outputs: Sequence[Tensor], dense: Sequence[Tensor]) -> Tensor:
     if is_logits(dense[0]):
         mine, theirs = outputs[0].double(), dense[0].double()
         return F.kl_div(mine.log_softmax(1), theirs.log_softmax(1), reduction="none", log_target=True).sum(1)
+    return relative_error(outputs, dense)
+
+
+def relative_error(outputs: Sequence[Tensor], dense: Sequence[Tensor]) -> Tensor:
+    """Squared error of all outputs over the dense ones' squares, shape [1]."""
     error, size = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     for a, b in zip(outputs, dense, strict=True):
         error += (a.double() - b.double()).square().sum().cpu()

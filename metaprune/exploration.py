@@ -12,13 +12,15 @@ import numpy as np
 
 from metaprune.calibration import repeatable
 from metaprune.criteria import find as find_criterion
-from metaprune.graphs.errors import MetapruneError, OptionError, check_seed
+from metaprune.graphs.errors import MetapruneError, NothingFound, OptionError, check_seed
 from metaprune.graphs.files import write_atomically
 from metaprune.graphs.ir import Graph
 from metaprune.graphs.plan import Plan
 from metaprune.graphs.portable import PortableModule
 from metaprune.graphs.trace import trace
+from metaprune.latency import LatencyTable
 from metaprune.objectives import Objectives, named_objective
+from metaprune.parts import Sections
 from metaprune.planning import may_shrink, patterns
 from metaprune.ranking import default_criterion, unit_scores
 from metaprune.search import backends
@@ -27,6 +29,7 @@ from metaprune.search.evaluate import SAMPLES, Evaluator, Fidelity
 from metaprune.search.front import Front
 from metaprune.search.ledger import Ledger, Result
 from metaprune.search.space import LEVELS, Configs, SearchSpace
+from metaprune.search.workers import Workers
 from metaprune.task import Task
 from metaprune.training import Progress, seeded
 
@@ -53,6 +56,8 @@ def explore(
     kinds: Sequence[str] | None = None,
     samples: int = SAMPLES,
     repair: str = Fidelity.repair,
+    latency: LatencyTable | None = None,
+    workers: int = 1,
     progress: Progress | None = None,
     watch: Watch | None = None,
 ) -> Front:
@@ -68,11 +73,14 @@ def explore(
             `"dp"` judges networks in which one group alone has shrunk, takes what they lose to add up, and solves for
             the best at every cost; what is left goes into neighbours of the front. `"spdy"` also corrects, at
             several costs, how much each group counts. Neither has a random choice; both look at the first objective
-            that is no cost, and pay where each group gets several evaluations.
+            that is no cost, and pay where each group gets several evaluations. `"nsga2"` breeds networks from the
+            best so far, beginning with `init` and with networks whose groups all keep about the same share. `"emo"`
+            does so in every part of the network, on the dense network's features, and joins the parts' fronts.
         objectives: What is to be small, the first being what a point is chosen for: `"error"` (1 - the task's metric
-            on `val`), `"distortion"` (of the outputs, without labels), and the kept fractions `"macs"`, `"params"`
-            and `"bytes"`. By default `("error", "macs")` for a task, else `("distortion", "macs")`.
-        evaluations: Networks that may be judged.
+            on `val`), `"distortion"` (of the outputs, without labels), the kept fractions `"macs"`, `"params"`,
+            `"bytes"` and `"memory"` (bytes of activations alive at once), and `"latency_ms"`. By default
+            `("error", "macs")` for a task, else `("distortion", "macs")`.
+        evaluations: Networks that may be judged; a part of one counts by its share of the multiply-adds.
         budget: What all of them are within, such as `"macs=0.5"`; by default nothing is asked for.
         out: Folder of the search: `ledger.jsonl` (every evaluation, on the disk as soon as it is made), `space.json`
             and, at the end, `front.json`. A search that was killed, called again with the same arguments, goes on and
@@ -90,7 +98,12 @@ def explore(
         kinds: Kinds of groups that may shrink; None for all.
         samples: Samples that each network is repaired with; as many judge its distortion.
         repair: `"least_squares"` (see `metaprune.reconstruct`), `"recalibrate"` (batch norms) or `"none"`.
-        progress: Called after each evaluation with the evaluations made and those allowed.
+        latency: Table of timed operators, for `"latency_ms"`. Operators that it lacks are timed, and times differ from
+            run to run; those of evaluations in `out` do not change any more.
+        workers: Processes that judge networks at the same time, each on one thread: as many as are judged between two
+            decisions of a back end can be shared out, but for parts of networks. The front is that of one process on
+            one thread.
+        progress: Called after each evaluation with the evaluations spent and those allowed.
         watch: Called after each evaluation with the front so far, and the same two numbers.
 
     Returns:
@@ -100,6 +113,7 @@ def explore(
     Raises:
         OptionError: An option has no meaning, there are no samples, `out` belongs to another search, or all
             objectives are costs where the back end needs one that is not.
+        NothingFound: None of the networks that were judged runs, or every one gave a value that is not finite.
         BudgetInfeasible: No network is within the budget; `attainable` is the least fraction.
         PlanError: `init` is of another network.
         LoadError: The ledger in `out` is damaged.
@@ -119,7 +133,9 @@ def explore(
     free, step, least = may_shrink(graph, round_to, protect, only, None if kinds is None else patterns("kinds", kinds))
     space = SearchSpace.of(graph, free, _scores(graph, free, criterion, data, seed), step, least, levels)
     start = space.repair(_start(space, init), goal)
-    judge = Objectives(graph, names, data, task, samples, seed)
+    judge = Objectives(graph, names, data, task, samples, seed, latency)
+    if workers != 1 and latency is not None:
+        raise OptionError("workers: latencies are timed in one process")
     provenance = {
         "backend": backend,
         "seed": seed,
@@ -143,15 +159,28 @@ def explore(
 
     def after(evaluator: Evaluator) -> None:
         if progress is not None:
-            progress(evaluator.evaluations, evaluations)
+            progress(evaluations - evaluator.left, evaluations)
         if watch is not None:
-            watch(evaluator.front(), evaluator.evaluations, evaluations)
+            watch(evaluator.front(), evaluations - evaluator.left, evaluations)
 
-    with _ledger(out, search, space) as ledger:
+    with Workers(measure, workers) as pool, _ledger(out, search, space) as ledger:  # a worker must not hold the ledger
         evaluator = Evaluator(
-            space, names, measure, evaluations, fidelity, ledger, after, provenance, forwards=judge.forwards
+            space,
+            names,
+            measure,
+            evaluations,
+            fidelity,
+            ledger,
+            after,
+            provenance,
+            judge.forwards,
+            Sections(space, judge.bench),
+            pool,
+            judge.dense,
         )
         front = run(space, evaluator, goal, seed, start)
+        if not front.points:
+            raise NothingFound(f"explore: none of {front.evaluations} networks could be judged; {evaluator.fault}")
         if ledger is not None:
             front.save(ledger.path.with_name("front.json"))
     return front

@@ -14,12 +14,18 @@ from metaprune.calibration import Leaves, leaves_of, tensors_in
 from metaprune.evaluation import evaluate, named
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.ir import Graph
+from metaprune.graphs.plan import Plan
 from metaprune.graphs.portable import PortableModule
+from metaprune.graphs.replay import peak_bytes
+from metaprune.latency import LatencyTable
 from metaprune.search.evaluate import Fidelity
 from metaprune.search.ledger import Result
 from metaprune.task import Task
 from metaprune.training import seeded
 from metaprune.trials import Bench, Keep, Trial
+
+FAULTS = (MetapruneError, RuntimeError, ArithmeticError, ValueError, LookupError)
+"""What a network that can not be judged may raise, in its operators, in the repair or in a task's own metric."""
 
 
 class Objectives:
@@ -28,6 +34,8 @@ class Objectives:
     Attributes:
         names: Names in `OBJECTIVES`.
         bench: What the networks are tried on.
+        latency: Table that latencies are looked up in.
+        dense: Objectives of the dense network, by name.
         forwards: What was spent before the first network, as forward passes of one sample through the dense one.
         validated: Number of the task's held-out samples, where they are looked at.
         weights: SHA-256 of the network's tensors.
@@ -42,6 +50,7 @@ class Objectives:
         task: Task | None = None,
         samples: int = Fidelity.samples,
         seed: int = 0,
+        latency: LatencyTable | None = None,
     ) -> None:
         """Takes in the samples, and runs the dense network on those that judge.
 
@@ -53,9 +62,11 @@ class Objectives:
             task: Whose metric on `val` is the error.
             samples: At most this many samples repair, and as many judge the distortion.
             seed: Of the repair, of noise, and of loaders that shuffle.
+            latency: Table of timed operators, for `"latency_ms"`; those that it lacks are timed.
 
         Raises:
-            OptionError: An unknown objective, one that needs data or a task where there are none, or too few samples.
+            OptionError: An unknown objective, one that needs data, a task or a table where there are none, or too few
+                samples.
             GraphError: A weight is not finite.
             MetapruneError: An output of the dense network is not finite.
         """
@@ -67,6 +78,10 @@ class Objectives:
                 raise OptionError(f"objectives: {name!r} needs labels, so a Task; 'distortion' does without")
             if row.data and data is None:
                 raise OptionError(f"data: objective {name!r} needs calibration data")
+            if row.timed and latency is None:
+                raise OptionError(f"latency: objective {name!r} needs a LatencyTable")
+        self.latency = latency
+        self.dense: dict[str, float] = {}
         graph.check_finite()
         self.forwards = 0.0
         self.validated = 0
@@ -74,6 +89,9 @@ class Objectives:
         self.bench = self._benched(data, samples) if any(row.data for row in rows) else Bench(graph)
         if any(row.task for row in rows):
             self._validate()
+        whole = Trial(self.bench, {}, "none")
+        for name, row in zip(self.names, rows, strict=True):
+            self.dense.setdefault(name, 0.0 if row.data else float(row.value(self, whole)))
         self.weights = _add(hashlib.sha256(), sorted(graph.values.items())).hexdigest()
         self.data = self._seen.hexdigest()
 
@@ -85,7 +103,7 @@ class Objectives:
                 values = tuple(float(OBJECTIVES[name].value(self, trial)) for name in self.names)
         except (OptionError, torch.OutOfMemoryError):  # not the fault of this network
             raise
-        except (MetapruneError, RuntimeError) as error:
+        except FAULTS as error:
             return Result(None, trial.forwards, " ".join(str(error).split()))
         return Result(values, trial.forwards)
 
@@ -121,7 +139,7 @@ class Objectives:
             for batch in self._task.val:
                 self.validated += len(tensors_in(batch)[-1])
                 _add(self._seen, enumerate(tensors_in(batch)))
-        self.error(self._graph, self._graph.values)
+        self.dense["error"] = self.error(self._graph, self._graph.values)
         self.forwards += self.validated
 
     def error(self, graph: Graph, values: Mapping[str, Tensor]) -> float:
@@ -141,11 +159,13 @@ class Objective:
         value: Its value for a trial on the bench of those objectives.
         data: Whether it needs calibration data.
         task: Whether it needs a task.
+        timed: Whether it needs a table of timed operators.
     """
 
     value: Callable[[Objectives, Trial], float]
     data: bool = False
     task: bool = False
+    timed: bool = False
 
 
 def _error(objectives: Objectives, trial: Trial) -> float:
@@ -168,12 +188,26 @@ def _fraction(cost: str) -> Objective:
     return Objective(value)
 
 
+def _memory(_: Objectives, trial: Trial) -> float:
+    """The kept fraction of the bytes of activations that are alive at once."""
+    return peak_bytes(trial.graph) / peak_bytes(trial.bench.graph)
+
+
+def _latency(objectives: Objectives, trial: Trial) -> float:
+    """Milliseconds of one call, as the table predicts them."""
+    if objectives.latency is None:
+        raise OptionError("latency: objective 'latency_ms' needs a LatencyTable")
+    return 1000 * objectives.latency.predict(trial.bench.graph, Plan(dict(trial.keep), ""))
+
+
 OBJECTIVES: dict[str, Objective] = {
     "error": Objective(_error, data=True, task=True),
     "distortion": Objective(_distortion, data=True),
     "macs": _fraction("macs"),
     "params": _fraction("params"),
     "bytes": _fraction("bytes"),
+    "memory": Objective(_memory),
+    "latency_ms": Objective(_latency, timed=True),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metaprune.calibration import Leaves, batch_size, joined, outputs_in
-from metaprune.distances import distortion
+from metaprune.distances import distortion, relative_error
 from metaprune.graphs.cost import Cost, counted
 from metaprune.graphs.errors import MetapruneError
 from metaprune.graphs.execute import execute
@@ -87,7 +87,7 @@ class Trial:
 
     def __init__(self, bench: Bench, keep: Keep, repair: str = "least_squares", samples: int | None = None) -> None:
         self.bench = bench
-        self._keep = keep
+        self.keep = keep
         self._repair = repair
         self._leaves = bench.repairing[:samples]
         self._passes = 0
@@ -96,7 +96,7 @@ class Trial:
     @cached_property
     def graph(self) -> Graph:
         """The cut graph."""
-        return cut(self.bench.graph, self._keep).graph
+        return cut(self.bench.graph, self.keep).graph
 
     @cached_property
     def cost(self) -> Cost:
@@ -116,7 +116,7 @@ class Trial:
             return self.graph.values
         bench = self.bench
         fit = Fit(
-            bench.graph, self.graph, self.graph.values, self._keep, self._leaves, seed=bench.seed, effort=bench.effort
+            bench.graph, self.graph, self.graph.values, self.keep, self._leaves, seed=bench.seed, effort=bench.effort
         )
         fit.run()
         self.passed(fit.samples)
@@ -125,11 +125,19 @@ class Trial:
 
     def distortion(self) -> float:
         """Mean of `metaprune.distances.distortion` over the samples that judge."""
+        apart = [distortion(mine, theirs) for mine, theirs in zip(self._outputs(), self.bench.wanted, strict=True)]
+        return float(torch.cat(apart).mean())
+
+    def feature_error(self) -> float:
+        """Mean of `metaprune.distances.relative_error` over the batches that judge, whatever the output means."""
+        apart = [relative_error(mine, theirs) for mine, theirs in zip(self._outputs(), self.bench.wanted, strict=True)]
+        return float(torch.cat(apart).mean())
+
+    def _outputs(self) -> list[list[Tensor]]:
+        """Outputs for each of the batches that judge."""
         values = self.values
         self.passed(len(self.bench.judging))
-        found = [outputs_in(execute(self.graph, values, batch)) for batch in self.bench.batches]
-        apart = [distortion(mine, theirs) for mine, theirs in zip(found, self.bench.wanted, strict=True)]
-        return float(torch.cat(apart).mean())
+        return [outputs_in(execute(self.graph, values, batch)) for batch in self.bench.batches]
 
     def passed(self, samples: int) -> None:
         """Counts that many samples through the cut network."""

@@ -33,6 +33,8 @@ class Run(Protocol):
 
 BACKENDS = {
     "dp": "metaprune.search.dp_search",
+    "emo": "metaprune.search.emo_search",
+    "nsga2": "metaprune.search.nsga2_search",
     "random": "metaprune.search.random_search",
     "spdy": "metaprune.search.spdy_search",
 }

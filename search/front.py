@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import moocore
 import numpy as np
 from numpy.typing import NDArray
 
-from metaprune.graphs.errors import BudgetInfeasible, LoadError, MetapruneError, OptionError, PlanError
+from metaprune.graphs.errors import BudgetInfeasible, LoadError, OptionError, PlanError
 from metaprune.graphs.files import write_atomically
 from metaprune.graphs.plan import Plan
 
@@ -47,6 +49,9 @@ class Front:
         evaluations: Networks that were evaluated to find it.
         forwards: What that cost, as forward passes of one sample through the dense network.
         provenance: Back end, seed and options.
+        failed: Of the networks that were evaluated those that do not run or gave a value that is not finite.
+        history: When a point entered the front, those that left it again included: the evaluations that were spent by
+            then, and its objectives.
     """
 
     objectives: tuple[str, ...]
@@ -54,6 +59,8 @@ class Front:
     evaluations: int = 0
     forwards: float = 0.0
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    failed: int = 0
+    history: tuple[tuple[float, tuple[float, ...]], ...] = ()
 
     @staticmethod
     def of(
@@ -98,11 +105,39 @@ class Front:
         Raises:
             OptionError: Another number of values, or one that is not finite.
         """
+        return _volume(self.values, self._corner(reference))
+
+    def hypervolume_history(self, reference: Sequence[float] | None = None) -> NDArray[np.float64]:
+        """The hypervolume after each step of `history`, shape [steps, 2]: evaluations spent, and volume.
+
+        Args:
+            reference: See `hypervolume`, also for errors.
+        """
+        corner = self._corner(reference)
+        values = np.array([step for _, step in self.history], dtype=float).reshape(-1, len(corner))
+        rows = [(spent, _volume(values[: i + 1], corner)) for i, (spent, _) in enumerate(self.history)]
+        return np.array(rows, dtype=float).reshape(-1, 2)
+
+    def _corner(self, reference: Sequence[float] | None) -> NDArray[np.float64]:
         corner = np.ones(len(self.objectives)) if reference is None else np.asarray(reference)
         if corner.shape != (len(self.objectives),) or corner.dtype.kind not in "if" or not np.isfinite(corner).all():
             raise OptionError(f"reference: a finite number for each of {', '.join(self.objectives)} is needed")
-        inside = self.values[(self.values < corner).all(axis=1)]
-        return float(moocore.hypervolume(inside, ref=corner)) if len(inside) else 0.0
+        return corner.astype(float)
+
+    def knee(self) -> Point:
+        """The point furthest below the plane through the ends of the front, each objective over its range.
+
+        Das, On Characterizing the "Knee" of the Pareto Curve (Structural Optimization 18, 1999). Of two objectives it
+        is where one stops being cheap and the other begins to be dear.
+
+        Raises:
+            OptionError: The front has no points.
+        """
+        if not self.points:
+            raise OptionError("knee: the front has no points")
+        low, high = self.values.min(0), self.values.max(0)
+        scaled = (self.values - low) / np.where(high > low, high - low, 1.0)
+        return self.points[int(scaled.sum(axis=1).argmin())]
 
     def best(self, **limits: float) -> Point:
         """The point of least first objective within limits, such as `front.best(macs=0.5)`.
@@ -157,31 +192,36 @@ class Front:
             {"merged": [dict(front.provenance) for front in fronts]},
         )
 
-    def plot(self, path: str | Path) -> None:
-        """Draws the first objective over each of the others, by matplotlib; the ending of `path` is the format.
+    def plot(self, path: str | Path, baselines: Mapping[str, Front] | None = None) -> None:
+        """Draws the front, how its hypervolume grew and the widths of its networks; see `metaprune.search.plots.draw`.
+
+        Args:
+            path: Its ending is the format, such as `.png`.
+            baselines: Other fronts of the same objectives to be drawn beside it, by name.
 
         Raises:
-            OptionError: There is but one objective.
+            OptionError: There is but one objective, or a baseline has others.
             MetapruneError: matplotlib is not installed, or the file can not be written.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MetapruneError("plot: matplotlib is missing; pip install 'metaprune[plot]'") from error
-        others = self.objectives[1:]
-        if not others:
-            raise OptionError("plot: a front of one objective has nothing to be drawn over")
-        figure = Figure(figsize=(5 * len(others), 4), layout="constrained")
-        panels = figure.subplots(1, len(others), squeeze=False)[0]
-        for number, (panel, name) in enumerate(zip(panels, others, strict=True), 1):
-            order = np.argsort(self.values[:, number], kind="stable")
-            panel.plot(self.values[order, number], self.values[order, 0], "o-" if len(others) == 1 else "o")
-            panel.set_xlabel(name)
-            panel.set_ylabel(self.objectives[0])
-        try:
-            figure.savefig(Path(path))
-        except (OSError, ValueError) as error:
-            raise MetapruneError(f"{path}: can not be written: {error}") from error
+        from metaprune.search.plots import draw
+
+        draw(self, path, baselines or {})
+
+    def to_csv(self) -> str:
+        """One line for each point: its objectives, the costs that its plan reaches, and the units that groups keep.
+
+        A group is named where any point takes units away from it; an empty cell is a whole group.
+        """
+        costs = sorted({cost for point in self.points for cost in point.plan.reached})
+        groups = sorted({group for point in self.points for group in point.plan.keep})
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow([*self.objectives, *(f"reached {cost}" for cost in costs), *(f"kept {name}" for name in groups)])
+        for point in self.points:
+            reached = [repr(float(point.plan.reached[c])) if c in point.plan.reached else "" for c in costs]
+            kept = [len(point.plan.keep[name]) if name in point.plan.keep else "" for name in groups]
+            table.writerow([*map(repr, point.objectives), *reached, *kept])
+        return text.getvalue()
 
     def to_json(self) -> str:
         """The front as JSON text; floats are exact."""
@@ -200,6 +240,8 @@ class Front:
             "evaluations": self.evaluations,
             "forwards": self.forwards,
             "provenance": dict(self.provenance),
+            "failed": self.failed,
+            "history": [[spent, list(values)] for spent, values in self.history],
             "points": points,
         }
         return json.dumps(body, indent=1, allow_nan=False)
@@ -217,6 +259,8 @@ class Front:
             points = [_point(item) for item in body["points"]]
             names, spent = [str(name) for name in body["objectives"]], (body["evaluations"], body["forwards"])
             front = Front.of(names, points, int(spent[0]), float(spent[1]), body["provenance"])
+            history = tuple(_step(item, len(names)) for item in body.get("history", []))
+            front = replace(front, failed=int(body.get("failed", 0)), history=history)
         except (KeyError, TypeError, ValueError, OptionError, PlanError) as error:
             raise LoadError(f"front: damaged: {type(error).__name__}: {error}") from None
         if len(front) < len(points):
@@ -244,6 +288,19 @@ def nondominated(values: NDArray[np.float64]) -> NDArray[np.bool_]:
         return np.zeros(0, dtype=bool)
     mask: NDArray[np.bool_] = np.asarray(moocore.is_nondominated(values), dtype=bool)
     return mask
+
+
+def _volume(values: NDArray[np.float64], corner: NDArray[np.float64]) -> float:
+    inside = values[(values < corner).all(axis=1)]
+    return float(moocore.hypervolume(inside, ref=corner)) if len(inside) else 0.0
+
+
+def _step(item: Any, objectives: int) -> tuple[float, tuple[float, ...]]:
+    spent, values = item
+    step = float(spent), tuple(map(float, values))
+    if len(step[1]) != objectives or not all(map(math.isfinite, (step[0], *step[1]))):
+        raise ValueError("a step of the history is not a number of evaluations and finite objectives")
+    return step
 
 
 def _point(item: Any) -> Point:

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import metaprune as mp
-from metaprune.cli import _report_front, app
+from metaprune.cli import app
+from metaprune.cli_explore import report_front
 from metaprune.distances import distortion
 from metaprune.graphs.errors import BudgetInfeasible, LoadError, OptionError, PlanError
 from metaprune.graphs.ir import Graph
@@ -215,7 +216,7 @@ def test_a_network_that_does_not_run_is_left_out(task: mp.Task, graph: Graph, mo
 
 def test_small_values_are_told_apart_in_the_shell(capsys: pytest.CaptureFixture[str]) -> None:
     points = [Point((value, 1 - value), mp.Plan({}, "")) for value in (1.2e-7, 3.4e-6)]
-    _report_front(mp.Front.of(("distortion", "macs"), points), None, as_json=False)
+    report_front(mp.Front.of(("distortion", "macs"), points), None, as_json=False)
     shown = capsys.readouterr().out
     assert "1.2e-07" in shown
     assert "3.4e-06" in shown

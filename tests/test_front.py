@@ -1,6 +1,9 @@
 """Fronts: dominance against its definition, hypervolume against a closed form, files, plots, and what is refused."""
 
 import builtins
+import csv
+import dataclasses
+import io
 import itertools
 import json
 import math
@@ -136,10 +139,55 @@ def test_a_front_with_a_dominated_point_is_damaged(tmp_path: Path) -> None:
         Front.from_json("{")
 
 
+def test_the_history_is_the_volume_of_what_was_found_by_then() -> None:
+    values = np.random.default_rng(2).random((40, 2))
+    steps = tuple((float(i + 1), tuple(row)) for i, row in enumerate(values.tolist()))
+    front = dataclasses.replace(Front.of(("error", "macs"), _points(values), 40), history=steps)
+    history = front.hypervolume_history((0.9, 0.8))
+    assert history.shape == (40, 2)
+    for spent, volume in history.tolist():
+        assert volume == Front.of(("error", "macs"), _points(values[: int(spent)])).hypervolume((0.9, 0.8))
+    assert history[-1, 1] == front.hypervolume((0.9, 0.8))
+    assert Front.from_json(front.to_json()) == front
+    assert _front().hypervolume_history().shape == (0, 2)
+    body = json.loads(front.to_json())
+    body["history"][0][1] = [1.0]
+    with pytest.raises(LoadError, match="a step of the history is not"):
+        Front.from_json(json.dumps(body))
+
+
+def test_the_knee_is_furthest_from_the_line_between_the_ends() -> None:
+    front = _front(3)
+    low, high = front.values.min(0), front.values.max(0)
+    scaled = (front.values - low) / (high - low)
+    line = scaled[-1] - scaled[0]
+    apart = np.abs(line[0] * (scaled[:, 1] - scaled[0, 1]) - line[1] * (scaled[:, 0] - scaled[0, 0]))
+    below = scaled.sum(axis=1) <= 1
+    assert front.knee() == front.points[int(np.where(below, apart, -1).argmax())]
+    assert Front.of(("error", "macs"), _points(np.array([[0.3, 0.3]]))).knee().objectives == (0.3, 0.3)
+    with pytest.raises(OptionError, match="knee: the front has no points"):
+        Front.of(("error",), []).knee()
+
+
+def test_a_table_has_a_line_for_each_point() -> None:
+    front = _front()
+    rows = list(csv.DictReader(io.StringIO(front.to_csv())))
+    assert [(float(row["error"]), float(row["macs"])) for row in rows] == [p.objectives for p in front.points]
+    assert [float(row["reached params"]) for row in rows] == [p.plan.reached["params"] for p in front.points]
+    assert {row["kept a"] for row in rows} == {"2"}
+
+
 def test_plots_are_files_and_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     _front().plot(tmp_path / "two.png")
-    _front(objectives=3).plot(str(tmp_path / "three.svg"))
+    told = dataclasses.replace(
+        _front(objectives=3),
+        provenance={"dense": {"error": 0.1, "macs": 1.0, "bytes": 1.0}},
+        history=((1.0, (0.5, 0.5, 0.5)), (2.0, (0.2, 0.4, 0.6))),
+    )
+    told.plot(str(tmp_path / "three.svg"), baselines={"other": _front(1, objectives=3)})
+    with pytest.raises(OptionError, match="plot: baseline other has the objectives error, macs"):
+        told.plot(tmp_path / "four.png", baselines={"other": _front()})
     assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
     assert b"</svg>" in (tmp_path / "three.svg").read_bytes()
     with pytest.raises(MetapruneError, match=r"front\.abc: can not be written"):

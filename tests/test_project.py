@@ -86,7 +86,7 @@ LAZY = {
     "onnx_ir": ("metaprune.graphs.*onnx*",),
     "onnxscript": ("metaprune.graphs.*onnx*",),
     "onnxruntime": ("metaprune.graphs.*onnx*", "metaprune.evaluation", "metaprune.engines"),
-    "matplotlib": ("metaprune.search.front",),
+    "matplotlib": ("metaprune.search.plots",),
 }
 HEAVY = ("torch_geometric", "pymoo", "optuna", "scipy", "onnx", "onnxruntime", "sklearn", "matplotlib", "typer", "rich")
 

@@ -24,7 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metaprune.graphs.polynomial import Monomials
+from metaprune.search.backends import find
+from metaprune.search.division import Part
 from metaprune.search.evaluate import Evaluator, Fidelity
+from metaprune.search.front import Front
 from metaprune.search.ledger import Ledger, Result
 from metaprune.search.space import SearchSpace
 from metaprune.search.variables import Width
@@ -93,8 +96,14 @@ class Toy:
         fraction = self.evaluate("macs", kept)[0] / self.evaluate("macs", self.sizes[None])[0]
         return Result((float(self.error(kept)[0]), float(fraction)), 1.0)
 
-    def evaluator(self, evaluations: int, ledger: Ledger | None = None) -> Evaluator:
-        return Evaluator(self.space, ("error", "macs"), self.measure, evaluations, ledger=ledger)
+    def evaluator(self, evaluations: int, ledger: Ledger | None = None, parts: int = 0) -> Evaluator:
+        division = ToyDivision(self, parts) if parts else None
+        return Evaluator(self.space, ("error", "macs"), self.measure, evaluations, ledger=ledger, division=division)
+
+    def search(self, backend: str, evaluations: int, seed: int = 0, init: Front | None = None, parts: int = 0) -> Front:
+        """The front that a back end finds, from that of another search if there is one."""
+        start = self.space.checked([point.config for point in init.points] if init is not None else [])
+        return find(backend)(self.space, self.evaluator(evaluations, parts=parts), None, seed, start)
 
     @cached_property
     def exact(self) -> NDArray[np.float64]:
@@ -114,6 +123,33 @@ class Toy:
         least = best.min(axis=0) / (weights.sum() + self.interaction * pairs.sum())
         stays = least < np.minimum.accumulate(np.concatenate([[np.inf], least[:-1]]))
         return np.stack([least[stays], np.flatnonzero(stays) / total], axis=1)
+
+
+@dataclass(frozen=True)
+class ToyDivision:
+    """Runs of consecutive groups; a run's own error is what the formula says with all others whole.
+
+    Attributes:
+        toy: The problem.
+        count: Number of runs.
+    """
+
+    toy: Toy
+    count: int
+    forwards: float = 0.0
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        units = self.toy._drawn[1]
+        runs = np.array_split(np.arange(self.toy.groups), self.count)
+        return tuple(
+            Part(f"run {i}", tuple(run.tolist()), float(units[run].sum() / units.sum())) for i, run in enumerate(runs)
+        )
+
+    def measure(self, number: int, config: NDArray[np.int64], fidelity: Fidelity) -> Result:
+        assert (np.delete(config, self.parts[number].variables) == UNITS - 1).all()
+        share = self.parts[number].share
+        return Result((float(self.toy.error(self.toy.space.counts(config[None]))[0]),), share)
 
 
 SEPARABLE = Toy()
