@@ -77,7 +77,7 @@ def trained(arm: Arm) -> Arm:
 
     def longer(case: Case, budget: float) -> Made:
         made = arm(case, budget)
-        settings = mp.Settings(epochs=1, lr=0.02)
+        settings = mp.Settings(epochs=1, lr=1e-3, weight_decay=0.01, optimizer="adamw")
         mp.train(made.module, Steps(case.train, STEPS), fashion.objective, settings, case.seed)
         return made
 
