@@ -80,7 +80,7 @@ ALLOCATORS: dict[str, Callable[[Problem], NDArray[np.int64]]] = {
     "milp": _later("layer_adaptive", "milp"),
     "lagrange": _later("layer_adaptive", "relaxed"),
     "spdy": _later("spdy", "spdy"),
-    "refined": _later("refinement", "refined"),
+    "refined": _later("refined", "refined"),
 }
 
 

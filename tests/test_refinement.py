@@ -12,7 +12,8 @@ import metaprune as mp
 from metaprune.graphs.errors import OptionError
 from metaprune.search.budget import Budget
 from metaprune.search.problem import Counts, Kept, Problem
-from metaprune.search.refinement import Error, refine, refined
+from metaprune.search.refined import refined
+from metaprune.search.refinement import Error, refine
 
 LAYERS = 3
 
