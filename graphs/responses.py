@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metaprune.graphs import operators, structure
 from metaprune.graphs.ir import Graph, Meta, Node
-from metaprune.graphs.linear import Linear
+from metaprune.graphs.linear import Linear, readers
 from metaprune.graphs.replay import Replay
 from metaprune.graphs.structure import Ref
 
@@ -34,7 +34,8 @@ class Response:
 
     Attributes:
         layer: The layer.
-        norm: The batch normalisation right behind it, empty when there is none.
+        norm: The batch normalisation right behind it, of the layer's own channels and with tensors that no other reads;
+            empty when there is none.
         steps: Reorderings and affine operators from there to the sum, in order; none when there is no sum.
         target: The node whose value is to be reproduced.
         other: The other half of the sum that the target is; empty when it is no sum.
@@ -101,7 +102,7 @@ def responses(graph: Graph, layers: Mapping[str, Linear]) -> dict[str, Response]
 
 
 def norms_behind(graph: Graph, layers: Iterable[Linear]) -> dict[str, str]:
-    """The batch normalisation right behind each layer, empty when there is none, by node."""
+    """The batch normalisation right behind each layer, as in `Response`, empty when there is none, by node."""
     outputs = frozenset(structure.refs(graph.signature.output))
     return {layer.node: _follow(graph, layer, outputs).norm for layer in layers}
 
@@ -111,7 +112,7 @@ def _follow(graph: Graph, layer: Linear, outputs: frozenset[str]) -> Response:
     here, norm, steps = layer.node, "", list[str]()
     while here not in outputs and len(graph.users[here]) == 1:
         node = graph.nodes[graph.users[here][0]]
-        if not steps and not norm and _is_norm(node, here):
+        if not steps and not norm and _is_norm(graph, node, layer):
             norm = node.name
         elif _is_step(graph, node, here):
             steps.append(node.name)
@@ -122,11 +123,17 @@ def _follow(graph: Graph, layer: Linear, outputs: frozenset[str]) -> Response:
     return Response(layer, norm).alone()
 
 
-def _is_norm(node: Node, value: str) -> bool:
+def _is_norm(graph: Graph, node: Node, layer: Linear) -> bool:
+    """Whether an operator is a batch normalisation of a layer's channels, by tensors that it alone reads."""
     if node.base != "batch_norm":
         return False
     bound = operators.bind(node.op, node.args, dict(node.kwargs))
-    return bound["input"] == Ref(value) and isinstance(bound["running_mean"], Ref)
+    if bound["input"] != Ref(layer.node) or not isinstance(bound["running_mean"], Ref):
+        return False
+    shape, count = _shape(graph, layer.node), readers(graph)
+    tensors = [graph.nodes[ref].args[0] for ref in node.refs() if graph.nodes[ref].op == "tensor"]
+    own = all(count[name] == 1 for name in tensors)
+    return own and shape is not None and layer.channel % len(shape) == 1  # a norm's channels are dimension 1
 
 
 def _is_step(graph: Graph, node: Node, value: str) -> bool:

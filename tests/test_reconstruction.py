@@ -357,3 +357,53 @@ def test_noise_stands_in_for_data() -> None:
     with torch.no_grad():
         dense = graph.source(x)  # type: ignore[misc]
         assert (pruned.module(x) - dense).norm() < 0.5 * (plain.module(x) - dense).norm()
+
+
+class _NormOfPositions(nn.Module):
+    """Batch norms over the rows of a table, of which there are as many as channels stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 3)
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(F.relu(self.norm(self.second(F.relu(self.first(x))))).mean(1))
+        return out
+
+
+class _SharedNorm(nn.Module):
+    """One batch norm behind two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(F.relu(self.norm(self.second(F.relu(self.norm(self.first(x)))))))
+        return out
+
+
+@pytest.mark.parametrize(("build", "shape"), [(_NormOfPositions, (5, 6)), (_SharedNorm, (6,))])
+def test_a_norm_that_is_not_the_layers_own_is_left_alone(build: "type[nn.Module]", shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():
+        values = model.get_submodule("norm").state_dict(keep_vars=True)
+        for name in ("weight", "running_var"):
+            values[name].uniform_(0.5, 2.0)
+        values["running_mean"].normal_()
+    x = torch.randn(200, *shape)
+    graph = mp.trace(model, x[:2])
+    layers = linear_layers(graph)
+    assert all(not response.norm for response in responses(graph, layers).values())
+    keep = {group.name: tuple(range(5)) for group in graph.groups if not group.pinned}
+    pruned = mp.apply(graph, mp.Plan(keep, graph.fingerprint))
+    fitted_ = mp.reconstruct(pruned, [x]).module
+    own, others = pruned.module.state_dict(), fitted_.state_dict()
+    assert all(torch.equal(value, others[name]) for name, value in own.items() if name.startswith("norm"))
+    with torch.no_grad():
+        before, after = ((module(x) - model(x)).norm() for module in (pruned.module, fitted_))
+    assert after < 0.7 * before
+    assert mp.prune(model, x[:2], "macs=0.6", reconstruct=True).certificate
