@@ -83,8 +83,8 @@ def responses(graph: Graph, layers: Mapping[str, Linear]) -> dict[str, Response]
     Where both halves of a sum are layers' responses, the wider layer answers for the sum. A sum whose other half can
     not be computed before the layer is not used.
     """
-    outputs = frozenset(structure.refs(graph.signature.output))
-    found = {name: _follow(graph, layer, outputs) for name, layer in layers.items()}
+    outputs, count = frozenset(structure.refs(graph.signature.output)), readers(graph)
+    found = {name: _follow(graph, layer, outputs, count) for name, layer in layers.items()}
     order = graph.networkx()
     owners: dict[str, str] = {}
     for name, response in found.items():
@@ -103,16 +103,16 @@ def responses(graph: Graph, layers: Mapping[str, Linear]) -> dict[str, Response]
 
 def norms_behind(graph: Graph, layers: Iterable[Linear]) -> dict[str, str]:
     """The batch normalisation right behind each layer, as in `Response`, empty when there is none, by node."""
-    outputs = frozenset(structure.refs(graph.signature.output))
-    return {layer.node: _follow(graph, layer, outputs).norm for layer in layers}
+    outputs, count = frozenset(structure.refs(graph.signature.output)), readers(graph)
+    return {layer.node: _follow(graph, layer, outputs, count).norm for layer in layers}
 
 
-def _follow(graph: Graph, layer: Linear, outputs: frozenset[str]) -> Response:
+def _follow(graph: Graph, layer: Linear, outputs: frozenset[str], count: Mapping[str, int]) -> Response:
     """The response of one layer, regardless of others."""
     here, norm, steps = layer.node, "", list[str]()
     while here not in outputs and len(graph.users[here]) == 1:
         node = graph.nodes[graph.users[here][0]]
-        if not steps and not norm and _is_norm(graph, node, layer):
+        if not steps and not norm and _is_norm(graph, node, layer, count):
             norm = node.name
         elif _is_step(graph, node, here):
             steps.append(node.name)
@@ -123,14 +123,14 @@ def _follow(graph: Graph, layer: Linear, outputs: frozenset[str]) -> Response:
     return Response(layer, norm).alone()
 
 
-def _is_norm(graph: Graph, node: Node, layer: Linear) -> bool:
+def _is_norm(graph: Graph, node: Node, layer: Linear, count: Mapping[str, int]) -> bool:
     """Whether an operator is a batch normalisation of a layer's channels, by tensors that it alone reads."""
     if node.base != "batch_norm":
         return False
     bound = operators.bind(node.op, node.args, dict(node.kwargs))
     if bound["input"] != Ref(layer.node) or not isinstance(bound["running_mean"], Ref):
         return False
-    shape, count = _shape(graph, layer.node), readers(graph)
+    shape = _shape(graph, layer.node)
     tensors = [graph.nodes[ref].args[0] for ref in node.refs() if graph.nodes[ref].op == "tensor"]
     own = all(count[name] == 1 for name in tensors)
     return own and shape is not None and layer.channel % len(shape) == 1  # a norm's channels are dimension 1

@@ -1,10 +1,11 @@
 """What is left of a network is fitted without any data: to responses to drawn inputs that its batch norms vouch for.
 
-A trained network knows one thing of its data: the mean and variance that every batch norm saw. Inputs are drawn, half
-of them white noise and half, where they are images, noise with the amplitude spectrum 1/f of natural images (Field
-1987); for these inputs each norm takes the statistics that they give it, so that behind it every channel has the mean
-and variance it has with data. On that network `metaprune.reconstruction` fits the cut one. What it finds for a layer,
-new weights and a shift of its output, is then carried over to the norms' own statistics.
+A trained network knows one thing of its data: the mean and variance that every batch norm saw (where those are made up
+or stale, the fit is to false inputs and may be worse than none). Inputs are drawn, half of them white noise and half,
+where they are images, noise with the amplitude spectrum 1/f of natural images (Field 1987); for these inputs each norm
+takes the statistics that they give it, so that behind it every channel has the mean and variance it has with data. On
+that network `metaprune.reconstruction` fits the cut one. What it finds for a layer, new weights and a shift of its
+output, is then carried over to the norms' own statistics.
 
 With z = W x in front of a norm (gain g, shift b), drawn statistics (m', v') and those of the data (m, v), the fit makes
 g1 (z1 - m1) / s1 + b1 reproduce g (z - m') / s' + b, where s^2 = v + eps. So z is reproduced by an affine function of
