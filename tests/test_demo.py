@@ -75,13 +75,14 @@ def test_an_exported_network_that_differs_is_an_error(finished: tuple[demo.Resul
 def test_the_table_shows_the_measured_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     dense = demo.Figures(0.99, 1000, 2000, 0.002, 4000)
     pruned = demo.Figures(0.98, 500, 500, 0.001, 1000)
-    monkeypatch.setattr(demo, "run", lambda *args, **options: demo.Result(dense, 0.4, pruned, 1e-15, 1e-7))
+    monkeypatch.setattr(demo, "run", lambda *args, **options: demo.Result(dense, 0.4, pruned, 1e-15, 1e-7, {0.5: 0.97}))
     text = io.StringIO()
     demo.show(Console(file=text, width=120), tmp_path)
     rows = {line.split("│")[1].strip(): line for line in text.getvalue().splitlines() if line.startswith("│")}
     assert [cell.strip() for cell in rows["MACs"].split("│")[2:5]] == ["2,000", "500", "25.0%"]
     assert [cell.strip() for cell in rows["latency of 64 (ms)"].split("│")[2:5]] == ["2.000", "1.000", "50.0%"]
     assert [cell.strip() for cell in rows["accuracy"].split("│")[2:5]] == ["99.0%", "98.0%", "40.0% before recovery"]
+    assert "one pass, no training: 97.0% at 0.5 of the MACs" in text.getvalue()
 
 
 def test_the_residual_network_adds_its_shortcut() -> None:
