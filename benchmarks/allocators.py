@@ -74,6 +74,7 @@ ARMS: dict[str, Arm] = {
     "dp, one-pass curves": _allocated("dp", "one_pass"),
     "dp, measured curves": _allocated("dp", "measured"),
     "spdy, one-pass curves": _allocated("spdy", "one_pass"),
+    "refined": _allocated("refined"),
 }
 RECOVERED = ("uniform", "global", "dp, one-pass curves", "spdy, one-pass curves")
 BUDGETS = (0.5, 0.25, 0.125)

@@ -96,7 +96,7 @@ class Linear:
 
     def outputs(self, value: Tensor, rows: Tensor | None = None) -> Tensor:
         """A value shaped like the layer's output, shape [groups, rows, outputs of one group]."""
-        flat = value.movedim(self.channel, -1).flatten(0, -2)
+        flat = value.movedim(self.channel, -1).reshape(-1, value.shape[self.channel])
         flat = flat if rows is None else flat[rows]
         return flat.reshape(len(flat), self.groups, -1).transpose(0, 1)
 

@@ -287,7 +287,7 @@ def _meta(value: Any) -> Any:
     """Example shapes of a traced value."""
     if isinstance(value, torch.Tensor):
         shape = tuple(_size(s) for s in value.shape)
-        return Meta(shape, value.dtype, tuple(not isinstance(s, int) for s in value.shape))
+        return Meta(shape, value.dtype, tuple(_grows(s) for s in value.shape))
     if isinstance(value, (list, tuple)):
         return tuple(_meta(item) for item in value)
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -317,6 +317,11 @@ def measure(graph: Graph) -> None:
 
     with torch.no_grad():
         execute(graph, graph.values, graph.example, watch=watch)
+
+
+def _grows(size: Any) -> bool:
+    """Whether a traced size is free; one that the network settles is not, though it came from a free one."""
+    return not isinstance(size, int) and size.node.maybe_as_int() is None
 
 
 def _size(size: Any) -> Any:

@@ -26,6 +26,9 @@ ROWS, ROWS_PER_COLUMN = 16384, 8
 def samples_of(graph: Graph, data: Any, seed: int = 0) -> Iterator[Any]:
     """Single samples, inputs of batch one, without end for noise.
 
+    Of a network that insists on a batch of several, that batch is one sample; what a batch of data has beyond a
+    multiple of it is left out.
+
     Args:
         graph: The network they are for.
         data: Batches of inputs or of (inputs, labels); `"noise"` for standard normal inputs of the traced shapes.
@@ -39,10 +42,11 @@ def samples_of(graph: Graph, data: Any, seed: int = 0) -> Iterator[Any]:
         return
     if isinstance(data, (Tensor, str)) or not isinstance(data, Iterable):
         raise OptionError(f"data: batches are needed (a loader or a list) or 'noise', not {type(data).__name__}")
+    rows = fixed_batch(graph) or 1
     for batch in data:
         inputs, size = inputs_of(graph, batch)
-        for i in range(size):
-            yield _sample(inputs, i, size)
+        for first in range(0, size - rows + 1, rows):
+            yield _sample(inputs, slice(first, first + rows), size)
 
 
 def inputs_of(graph: Graph, batch: Any) -> tuple[Any, int]:
@@ -103,15 +107,21 @@ def leaves_of(graph: Graph, data: Any, samples: int, seed: int = 0) -> list[Leav
     if type(samples) is not int or samples < 1:
         raise OptionError(f"samples: must be a positive whole number, not {samples!r}")
     check_seed(seed)
-    leaves = [input_leaves(graph, sample) for sample in islice(samples_of(graph, data, seed), samples)]
+    rows = fixed_batch(graph) or 1
+    leaves = [input_leaves(graph, s) for s in islice(samples_of(graph, data, seed), max(1, samples // rows))]
     if not leaves:
-        raise OptionError("data: there are no samples")
-    _check_fit(graph, leaves[: batch_size(graph) or 1])
+        enough = "" if rows == 1 else f" in batches of {rows} at least, which the network insists on"
+        raise OptionError(f"data: there are no samples{enough}")
+    _check_fit(graph, leaves[0])
     return leaves
 
 
 def joined(graph: Graph, leaves: Sequence[Leaves], size: int) -> list[Leaves]:
-    """Samples put together to batches of at most `size`, on the graph's device; for errors see `batches_of`."""
+    """Samples put together to batches of at most `size`, on the graph's device; for errors see `batches_of`.
+
+    Those of a network that insists on its batch stay as they are.
+    """
+    size = 1 if fixed_batch(graph) else size
     device = next((value.device for value in graph.values.values()), torch.device("cpu"))
     found = []
     for first in range(0, len(leaves), size):
@@ -120,7 +130,7 @@ def joined(graph: Graph, leaves: Sequence[Leaves], size: int) -> list[Leaves]:
     return found
 
 
-def batch_size(graph: Graph) -> int:
+def fixed_batch(graph: Graph) -> int:
     """Batch that a network insists on; 0 when any will do."""
     metas = [node.meta for node in graph.nodes.values() if node.op == "input" and isinstance(node.meta, Meta)]
     if any(any(meta.batched) for meta in metas):
@@ -163,13 +173,13 @@ def outputs_in(output: Any) -> list[Tensor]:
     return found
 
 
-def _check_fit(graph: Graph, leaves: Sequence[Leaves]) -> None:
-    """Raises `OptionError` for samples that are unlike the traced ones, and that the network does not run on."""
-    if all(_alike(graph.nodes[name].meta, value) for name, value in leaves[0].items()):
+def _check_fit(graph: Graph, leaves: Leaves) -> None:
+    """Raises `OptionError` for a sample that is unlike the traced ones, and that the network does not run on."""
+    if all(_alike(graph.nodes[name].meta, value) for name, value in leaves.items()):
         return
     if any(value.is_meta for value in graph.values.values()):
         return
-    (batch,) = joined(graph, leaves, len(leaves))
+    (batch,) = joined(graph, [leaves], 1)
     try:
         with torch.no_grad():
             execute(graph, graph.values, batch)
@@ -198,12 +208,12 @@ def _joined(graph: Graph, name: str, values: list[Tensor]) -> Tensor:
     return torch.cat(values)
 
 
-def _sample(inputs: Any, i: int, size: int) -> Any:
+def _sample(inputs: Any, rows: slice, size: int) -> Any:
     if isinstance(inputs, Tensor):
-        return inputs[i : i + 1] if inputs.ndim and len(inputs) == size else inputs
+        return inputs[rows] if inputs.ndim and len(inputs) == size else inputs
     if isinstance(inputs, Mapping):
-        return {key: _sample(value, i, size) for key, value in inputs.items()}
-    return tuple(_sample(value, i, size) for value in inputs) if isinstance(inputs, (tuple, list)) else inputs
+        return {key: _sample(value, rows, size) for key, value in inputs.items()}
+    return tuple(_sample(value, rows, size) for value in inputs) if isinstance(inputs, (tuple, list)) else inputs
 
 
 def _noise(graph: Graph, seed: int) -> Iterator[Any]:

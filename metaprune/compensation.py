@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metaprune.calibration import batch_size, batches_of
+from metaprune.calibration import batches_of
 from metaprune.graphs import operators
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.execute import execute
@@ -310,7 +310,7 @@ def _dense_moments(
 
 
 def _batches(graph: Graph, data: Any, samples: int, memory: int, seed: int) -> Batches:
-    size = batch_size(graph) or max(1, min(_CHUNK, memory // peak_bytes(graph)))
+    size = max(1, min(_CHUNK, memory // peak_bytes(graph)))
     return batches_of(graph, data, size, samples, seed)
 
 

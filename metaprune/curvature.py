@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaprune.calibration import batch_size, batches_of, share_of_rows, some_rows
+from metaprune.calibration import batches_of, share_of_rows, some_rows
 from metaprune.graphs import operators
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.execute import execute
@@ -107,7 +107,7 @@ def collect_columns(
         raise OptionError("data: a network on the meta device gives no activations")
     layers = [layer for layer in linear_layers(graph).values() if weights is None or layer.weight in weights]
     _check_size(layers, memory)
-    batches = batches_of(graph, data, batch_size(graph) or _CHUNK, samples, seed)
+    batches = batches_of(graph, data, _CHUNK, samples, seed)
     sums = _Sums(layers, len(batches), seed)
     with torch.no_grad():
         for batch in batches:

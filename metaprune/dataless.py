@@ -193,7 +193,7 @@ def _statistics(graph: Graph, norms: list[_Norm], leaves: list[Leaves]) -> dict[
             found[norm.mean].copy_(mean)  # in place, before the norm runs: the executor may hold the tensor already
             found[norm.variance].copy_(variance)
 
-    (batch,) = joined(graph, leaves, len(leaves))
+    batch = joined(graph, leaves, len(leaves))[0]
     with torch.no_grad():
         execute(graph, {**graph.values, **found}, batch, watch=watch)
     if not all(bool(value.isfinite().all()) for value in found.values()):

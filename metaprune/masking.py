@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metaprune.calibration import Leaves, batch_size, joined, outputs_in
+from metaprune.calibration import Leaves, joined, outputs_in
 from metaprune.distances import LOGITS, distortion, is_logits, over_samples, squared_error
 from metaprune.graphs.cost import macs_by_node
 from metaprune.graphs.errors import MetapruneError, OptionError
@@ -96,7 +96,7 @@ def measure(graph: Graph, changes: Iterable[Change], leaves: Sequence[Leaves]) -
     divergences: list[Tensor] = []
     squares: list[Tensor] = []
     with torch.no_grad():
-        for number, batch in enumerate(joined(graph, leaves, batch_size(graph) or chunk_size(graph, _CHUNK))):
+        for number, batch in enumerate(joined(graph, leaves, chunk_size(graph, _CHUNK))):
             run = Rerun(graph, batch)
             dense = outputs_in(run.output)
             if not all(bool(torch.isfinite(output).all()) for output in dense):

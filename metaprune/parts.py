@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from metaprune.calibration import Leaves, batch_size, joined
+from metaprune.calibration import Leaves, joined
 from metaprune.graphs.cost import macs_by_node
 from metaprune.graphs.errors import OptionError
 from metaprune.graphs.execute import execute
@@ -200,6 +200,6 @@ def _features(graph: Graph, found: Sequence[Segment], leaves: Sequence[Leaves]) 
             result[sources[node.name]] += [{node.name: row} for row in torch.split(features, 1)]
 
     with torch.no_grad():
-        for batch in joined(graph, leaves, batch_size(graph) or _CHUNK):
+        for batch in joined(graph, leaves, _CHUNK):
             execute(graph, graph.values, batch, watch=watch)
     return result

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metaprune.calibration import ROWS, ROWS_PER_COLUMN, Leaves, batch_size, joined, leaves_of, share_of_rows, some_rows
+from metaprune.calibration import ROWS, ROWS_PER_COLUMN, Leaves, joined, leaves_of, share_of_rows, some_rows
 from metaprune.graphs import operators
 from metaprune.graphs.errors import MetapruneError, OptionError
 from metaprune.graphs.ir import Graph
@@ -130,7 +130,7 @@ class Fit:
         self._responses = responses(cut, layers)
         leaves = leaves[: max(_FOLDS, memory // (peak_bytes(dense) + peak_bytes(cut)))]
         size = min(_CHUNK, len(leaves) // _FOLDS) if len(effort.strengths) > 1 else _LARGE
-        batches = joined(dense, leaves, batch_size(dense) or max(1, size))
+        batches = joined(dense, leaves, max(1, size))
         self.samples = len(leaves)
         inputs = frozenset(response.layer.input for response in self._responses.values())
         goals = Counter(response.target for response in self._responses.values())

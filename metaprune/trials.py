@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from metaprune.calibration import Leaves, batch_size, joined, outputs_in
+from metaprune.calibration import Leaves, joined, outputs_in
 from metaprune.distances import distortion, relative_error
 from metaprune.graphs.cost import Cost, counted
 from metaprune.graphs.errors import MetapruneError
@@ -51,7 +51,7 @@ class Bench:
     @cached_property
     def batches(self) -> list[Leaves]:
         """The samples that judge, put together; for errors see `metaprune.calibration.joined`."""
-        return joined(self.graph, self.judging, batch_size(self.graph) or _CHUNK)
+        return joined(self.graph, self.judging, _CHUNK)
 
     @cached_property
     def wanted(self) -> list[list[Tensor]]:
@@ -108,7 +108,7 @@ class Trial:
         """Its tensors, repaired."""
         if self._repair == "recalibrate":
             values = {name: value.clone() for name, value in self.graph.values.items()}
-            batches = joined(self.graph, self._leaves, batch_size(self.graph) or _BATCH)
+            batches = joined(self.graph, self._leaves, _BATCH)
             if recalibrate_values(self.graph, values, batches):
                 self.passed(len(self._leaves))
             return values
@@ -160,4 +160,4 @@ def _example_batch(graph: Graph) -> int:
         meta = graph.nodes[name].meta
         if isinstance(meta, Meta) and meta.batched and meta.batched[0]:
             return max(1, round(len(value) * graph.batch))
-    return max(1, batch_size(graph))
+    return 1
