@@ -113,9 +113,9 @@ def plan(
             one unit.
         criterion: How units are scored; see `metaprune.criteria.CRITERIA`. By default `"fisher_block"` when there are
             data, else `"magnitude"`. Or curves of `metaprune.sensitivity`, which also say how units are ranked;
-            allocators that work on curves find them, by method `"one_pass"`, where there are data and no criterion
-            is named, and add up the scores of units for one that is. Curves have no scores of single units, so with
-            them the allocators `"global"`, `"sap"` and `"cost"` are refused.
+            allocators that work on curves find them, by method `"anchored"` with `compensate`, where there are data and
+            no criterion is named, and add up the scores of units for one that is. Curves have no scores of single
+            units, so with them the allocators `"global"`, `"sap"` and `"cost"` are refused.
         allocator: How many units each group keeps: `"uniform"`, `"global"`, `"sap"` (more is taken from groups whose
             scores are uneven), `"cost"` (importance removed per cost removed, for scores that add up), `"erk"`,
             `"lamp"` and `"precrop"` (after densities of layers, see `metaprune.search.baselines`), `"random"`; by

@@ -27,7 +27,7 @@ from metaprune.search.budget import Budget
 from metaprune.search.problem import Counts, Kept, Problem, check_feasible, finite
 from metaprune.selection import Choice, around, nearest, reranked
 from metaprune.sensing import sensitivity
-from metaprune.tables import ONE_PASS
+from metaprune.tables import ANCHORED
 
 REFINED = "refined"
 JUDGED = (MEASURED, "spdy", REFINED)
@@ -35,8 +35,9 @@ JUDGED = (MEASURED, "spdy", REFINED)
 CURVED = ("dp", "milp", "lagrange", "spdy")
 """Allocators that work on curves, which are found where there are data and no criterion is named.
 
-They are those to second order: what is measured of one group alone can grow no further once the outputs are spoilt, so
-that at low budgets some group seems to be for free.
+The layers that read a group are refitted before its harm is measured, as those of the pruned network will be. Without
+the fit harm grows no further once the outputs are spoilt, and at low budgets some group seems to be for free; curves to
+second order say too little of networks that keep a few units of each group.
 """
 
 SCORED = ("global", "sap", "cost")
@@ -232,7 +233,7 @@ def _ranked(
         return criterion
     name = default_criterion(criterion, data)
     if criterion is None and data is not None and allocator in CURVED:
-        return Scores.of(sensitivity(graph, data, name, method=ONE_PASS, seed=seed))
+        return Scores.of(sensitivity(graph, data, name, method=ANCHORED, compensate=True, seed=seed))
     looked_at = data if allocator not in JUDGED or criteria.find(name).data else None
     values, samples = unit_scores(graph, groups, name, looked_at, seed)
     return Scores(name, {group.name: value for group, value in zip(groups, values, strict=True)}, samples)
