@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ ARMS: dict[str, Arm] = {
     "spdy, one-pass curves": _allocated("spdy", "one_pass"),
     "refined": _allocated("refined"),
 }
-RECOVERED = ("uniform", "global", "dp, fitted curves", "spdy, one-pass curves")
+OWN, RIVALS = ("dp, fitted curves", "spdy, one-pass curves"), ("uniform", "global")
+RECOVERED = (*RIVALS, *OWN)
 BUDGETS = (0.5, 0.25, 0.125)
 PLAN = Plan(
     seeds={"ResNet-20": 5, "small VGG": 5},
@@ -147,7 +149,10 @@ def table(rows: list[dict[str, Any]], trust: list[dict[str, Any]]) -> str:
 
 
 def scores_table(heading: str, arms: list[str], rows: list[dict[str, Any]]) -> list[str]:
-    """One row for each arm, one column for each network and budget, over the seeds that have every arm."""
+    """One row for each arm, one column for each network and budget, over the seeds that have every arm.
+
+    Below stand paired differences, with their standard errors.
+    """
     scores: dict[tuple[str, int, float], dict[str, float]] = defaultdict(dict)
     for row in rows:
         name, seed, budget, _, arm = row["key"]
@@ -162,7 +167,18 @@ def scores_table(heading: str, arms: list[str], rows: list[dict[str, Any]]) -> l
     for arm in arms:
         means = [f"{statistics.mean(own[arm] for own in full[cell]):.1f}" if full[cell] else "-" for cell in cells]
         lines.append(f"| {arm} | " + " | ".join(means) + " |")
+    for own, other in product(OWN, RIVALS):
+        gaps = [[found[own] - found[other] for found in full[cell]] for cell in cells]
+        lines.append(f"| *{own}* over *{other}* | " + " | ".join(map(_with_error, gaps)) + " |")
     return [*lines, "| seeds | " + " | ".join(str(len(full[cell])) for cell in cells) + " |", ""]
+
+
+def _with_error(gaps: list[float]) -> str:
+    """Mean and standard error."""
+    if not gaps:
+        return "-"
+    error = f" ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.1f}" if len(gaps) > 1 else ""
+    return f"{statistics.mean(gaps):+.1f}{error}"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -143,7 +144,13 @@ def prune(
 def main() -> None:
     """Entry point of the console script; modules in the current directory can be named."""
     sys.path.insert(0, os.getcwd())
+    warnings.showwarning = _warned
     app()
+
+
+def _warned(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning in one line, without the line of source that it comes from."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _network_and_data(target: str) -> tuple[Any, Any, Any]:

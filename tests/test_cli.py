@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import metaprune as mp
+from metaprune import cli
 from metaprune.cli import app
 
 NETWORKS = """
@@ -234,3 +236,15 @@ def test_names_are_not_taken_for_markup(workplace: Path) -> None:
     code, out, _ = run("inspect", "odd:build")
     assert code == 0
     assert "[red]" in out
+
+
+def test_a_warning_is_one_line_without_its_source(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(cli, "app", lambda: warnings.warn("outside the range", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        cli.main()
+    assert capsys.readouterr().err == "warning: outside the range\n"
