@@ -150,7 +150,7 @@ def main() -> None:
 
 def _warned(message: Warning | str, *_: Any, **__: Any) -> None:
     """A warning in one line, without the line of source that it comes from."""
-    print(f"warning: {message}", file=sys.stderr)
+    typer.echo(f"warning: {message}", err=True)
 
 
 def _network_and_data(target: str) -> tuple[Any, Any, Any]:
